@@ -109,8 +109,12 @@ class ProjectionReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, for JSON; total MACs are those of one vector at each place."""
         totals = ("macs_before", "macs_after", "params_before", "params_after")
-        rows = [layer.to_dict() for layer in self.layers]
-        return {**vars(self), "layers": rows, **{name: getattr(self, name) for name in totals}}
+        lists = {
+            "layers": [layer.to_dict() for layer in self.layers],
+            "skipped": [list(pair) for pair in self.skipped],
+            "notes": list(self.notes),
+        }
+        return {**vars(self), **lists, **{name: getattr(self, name) for name in totals}}
 
     def __str__(self) -> str:
         calibrated = any(layer.output_error is not None for layer in self.layers)

@@ -113,7 +113,7 @@ class ExpertLayers(_Unpacked):
         z = self.get_submodule("down_proj")(hidden, sizes) * top_k_weights.flatten()[order, None]
         # A sum over the k experts of a token by index_add_ would have no fixed order on a GPU.
         parts = z.new_zeros(len(chosen), z.shape[1]).index_copy(0, order, z).to(hidden_states.dtype)
-        return parts.view(*top_k_index.shape, -1).sum(1)
+        return parts.view(*top_k_index.shape, z.shape[1]).sum(1)
 
     def _sizes(self, chosen: Tensor) -> list[int]:
         """Return the number of times that each expert is chosen; without values, as if all were equal."""
