@@ -305,7 +305,7 @@ def test_arguments_may_be_given_by_name_in_any_order():
         assert found.macs() == count(layer, torch.ones(6, 8), SIZES[0]).macs() > 0
         moments = gather(
             nn.ModuleDict({"layer": layer}), {layer: "layer"}, [torch.ones(6, 8)],
-            lambda model, x: model["layer"](sizes=SIZES[1][:3] + [0], x=x), {},
+            lambda model, x: model["layer"](sizes=[*SIZES[1][:3], 0], x=x), {},
         )  # fmt: skip
         assert moments[layer].shape == (EXPERTS, 8, 8)
 
@@ -416,8 +416,8 @@ def test_projection_gives_all_experts_the_form_that_the_worst_needs(calibrated):
     if calibrated:
         assert line.output_error < 1e-6
         assert report.notes == (
-            "experts.gate_up_proj: the calibration data do not reach expert 3; the second moments are those of the "
-            "inputs of the other experts",
+            "experts.gate_up_proj: the calibration data have no input other than 0 for expert 3; the second moments "
+            "are those of the inputs of the other experts",
         )
     to_dense_linear(model)
     assert type(model["experts"]).__name__ == "MixtralExperts"
