@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,8 +91,9 @@ def _numpy() -> SimpleNamespace:
         logs = np.log(np.diagonal(lower, 0, -2, -1).real)
         return np.ones((), a.dtype)[()], 2 * logs.sum()
 
-    made = _of_module(
+    return _of_module(
         np,
+        solve=solve,
         substitute=substitute,
         minus_product=minus_product,
         inverse_from_cholesky=lambda lower: np.linalg.inv(lower @ np.conj(lower).swapaxes(-1, -2)),
@@ -107,8 +107,6 @@ def _numpy() -> SimpleNamespace:
         to_complex=lambda x: x.astype(np.result_type(x.dtype, np.complex64)),
         stop_gradient=lambda x: x,
     )
-    made.solve = solve
-    return made
 
 
 @cache
@@ -130,7 +128,6 @@ def _of_module(module: Any, **own: Any) -> SimpleNamespace:
     common: dict[str, Any] = {name: getattr(linalg, name) for name in names}
     common |= {name: getattr(module, name) for name in direct}
     return SimpleNamespace(
-        **common,
         minus_scaled=lambda y, a, b: y - a * b,
         plus_scaled=lambda y, a, b: y + a * b,
         svd=lambda a: linalg.svd(a, full_matrices=False),
@@ -142,7 +139,7 @@ def _of_module(module: Any, **own: Any) -> SimpleNamespace:
         norm=lambda x: module.sqrt(module.sum(module.abs(x) ** 2)),
         amax=lambda x: module.max(x, -1),
         concat_axis=lambda xs, axis: module.concatenate(xs, axis),
-        **own,
+        **(common | own),
     )
 
 
@@ -464,25 +461,6 @@ def small_views(*arrays: Array, most: float | None = None) -> list[np.ndarray] |
         return [x.detach().numpy() if x.requires_grad else x.numpy() for x in arrays]
     except (RuntimeError, TypeError):  # on another device; sparse, conjugated, or without a dtype of NumPy
         return None
-
-
-@cache
-def numpy_multiplies_faster() -> bool:
-    """Whether a product with a thin matrix takes NumPy less time than torch, by a measurement of some milliseconds.
-
-    The two have other BLAS libraries, and which is faster depends on the processor.
-    """
-    torch: Any = sys.modules["torch"]
-    thin, few = np.ones((4096, 32)), np.ones((32, 16))
-    tensors = torch.from_numpy(thin), torch.from_numpy(few)
-    seconds = [math.inf, math.inf]
-    with torch.no_grad():
-        for _ in range(20):  # the first calls start the libraries
-            for k, (left, right) in enumerate(((thin, few), tensors)):
-                start = perf_counter()
-                left @ right
-                seconds[k] = min(seconds[k], perf_counter() - start)
-    return seconds[0] < seconds[1]
 
 
 def as_tensors(*arrays: Any) -> list[Array]:

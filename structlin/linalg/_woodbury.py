@@ -18,9 +18,11 @@ Under tracing, solutions are refined twice, and are NaN if the residual is above
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -41,7 +43,6 @@ from structlin._lapack import (
     known,
     lapack,
     nan_unless,
-    numpy_multiplies_faster,
     require_precision,
     seen,
     small_views,
@@ -247,6 +248,25 @@ def _views(*arrays: Array) -> list[np.ndarray] | None:
     if views is None or max(x.size for x in views) <= 8 * FEW or numpy_multiplies_faster():
         return views
     return None
+
+
+@cache
+def numpy_multiplies_faster() -> bool:
+    """Whether a product with a thin matrix takes NumPy less time than torch, by a measurement of some milliseconds.
+
+    The two have other BLAS libraries, and which is faster depends on the processor.
+    """
+    torch: Any = sys.modules["torch"]
+    thin, few = np.ones((4096, 32)), np.ones((32, 16))
+    tensors = torch.from_numpy(thin), torch.from_numpy(few)
+    seconds = [math.inf, math.inf]
+    with torch.no_grad():
+        for _ in range(20):  # the first calls start the libraries
+            for k, (left, right) in enumerate(((thin, few), tensors)):
+                start = perf_counter()
+                left @ right
+                seconds[k] = min(seconds[k], perf_counter() - start)
+    return seconds[0] < seconds[1]
 
 
 def _times(base: LinearOperator | Array, x: Array) -> Array:
