@@ -9,7 +9,7 @@ torch. So are all operands while a transformation observes or records the single
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from typing import Any
 
@@ -56,12 +56,10 @@ def apart(train: bool, device: str = "cpu") -> Iterator[None]:
     Neither inference mode nor autocast applies, and hooks on saved tensors, as those of activation checkpoints, do not
     see the tensors of the measurement. Gradients are recorded if ``train``.
     """
-    with (
-        torch.inference_mode(False),
-        torch.set_grad_enabled(train),
-        torch.autocast(device, enabled=False),
-        torch.autograd.graph.saved_tensors_hooks(_same, _same),
-    ):
+    # While hooks are disabled there are none, and none can be set.
+    disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None
+    hooks = nullcontext() if disabled else torch.autograd.graph.saved_tensors_hooks(_same, _same)
+    with torch.inference_mode(False), torch.set_grad_enabled(train), torch.autocast(device, enabled=False), hooks:
         yield
 
 

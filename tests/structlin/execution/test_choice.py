@@ -271,6 +271,12 @@ class TestCompare:
         assert seen  # hooks of a call see what it saves
         assert wisdom._MEMORY  # something was timed
 
+    def test_timings_while_hooks_on_saved_tensors_are_disabled(self, monkeypatch) -> None:
+        monkeypatch.setattr(choice, "WORTH", 0.0)
+        with torch.autograd.graph.disable_saved_tensors_hooks("no hooks here"):
+            choice.choose(problem(structure=LONG, train=True))
+        assert wisdom._MEMORY
+
 
 class TestRegistry:
     def test_one_module_adds_a_way(self, monkeypatch) -> None:
