@@ -18,7 +18,7 @@ from torch import Tensor
 
 from structlin.structure import AbstractStructure
 
-__all__ = ["Guard", "addressable", "guard_of", "recording", "transforming", "watched"]
+__all__ = ["Guard", "addressable", "as_kept", "guard_of", "recording", "transforming", "watched"]
 
 TensorGuards: Any = None
 with suppress(ImportError):  # torch.compile's checks in C++; not public, so a version of torch may lack them
@@ -87,6 +87,15 @@ def addressable(tensor: Tensor, name: str = "the tensor") -> bool:
         return bool(tensor.data_ptr() or not needed) and tensor.is_cpu and not tensor.is_neg()
     except RuntimeError:  # sparse, opaque, nested and batched tensors have no storage, no address, or no shape
         return False
+
+
+def as_kept(tensors: Sequence[Tensor], expected: Sequence[tuple[torch.dtype, torch.Size]]) -> bool:
+    """Whether hooks on saved tensors have not changed the activations; otherwise they are computed again."""
+    return all(
+        addressable(tensor, "an activation") and tensor.dtype is dtype and tensor.shape == shape
+        and tensor.is_contiguous()
+        for tensor, (dtype, shape) in zip(tensors, expected, strict=True)
+    )  # fmt: skip
 
 
 class Guard:

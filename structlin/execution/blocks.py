@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from structlin._arrays import ops
 from structlin.execution import choice
-from structlin.execution._guard import addressable, apart, guard_of, recording, watched
+from structlin.execution._guard import addressable, apart, as_kept, guard_of, recording, watched
 from structlin.execution.compiled._activations import ACTIVATIONS
 from structlin.execution.compiled._buffers import Packed, Sums
 from structlin.execution.compiled._rules import cuts, shares
@@ -85,12 +85,13 @@ class TorchBlock:
 
     def program(self, dtype: torch.dtype, kind: str = "0") -> BlockProgram | None:
         """Return the compiled pass of a kind (one of :data:`KINDS`); None if it cannot be compiled for this dtype."""
-        target = tiled_host() if kind == TILES else host()
+        target = tiled_host() if TILES in kind else host()
         if target is None or dtype not in _NAMES or not all(s.steps for s in self.structures):
             return None
-        if kind == TILES and dtype is not torch.bfloat16:
+        if (TILES in kind and dtype is not torch.bfloat16) or (KEPT in kind and self.second is None):
             return None
-        return make_block(self._spec, _NAMES[dtype], target, None if kind == TILES else int(kind) or None)
+        block = kind.removesuffix(KEPT)
+        return make_block(self._spec, _NAMES[dtype], target, int(block) if block.isdecimal() else None)
 
     def layers(self, x: Tensor, operands: Sequence[Tensor | None], run: Run) -> tuple[Tensor, ...]:
         """Return the outputs layer after layer, with ``run(structure, h, factors, bias)`` for each of them.
@@ -172,8 +173,13 @@ class TorchBlock:
             return self._kind(x, train)
         return self._taken[key]
 
-    def run(self, x: Tensor, operands: Sequence[Tensor | None], kind: str = "0") -> tuple[Tensor, ...]:
-        """Return the outputs by the compiled pass, without gradients. All operands are plain."""
+    def run(
+        self, x: Tensor, operands: Sequence[Tensor | None], kind: str = "0", kept: list[Tensor] | None = None
+    ) -> tuple[Tensor, ...]:
+        """Return the outputs by the compiled pass, without gradients. All operands are plain.
+
+        Unless ``kept`` is None, the activations that a pass of this kind stores for :meth:`backward` are added to it.
+        """
         program = self.program(x.dtype, kind)
         assert program is not None
         weight, shift, biases, factors = self._parts(program, operands)
@@ -183,14 +189,23 @@ class TorchBlock:
         given = [t for t in (weight, shift, *biases) if t is not None]
         table = [t.data_ptr() for t in given] + [place for p in packed for place in p.slice(0)]
         ends = [x.data_ptr(), *(y.data_ptr() for y in outputs)]
+        held = []
+        if kept is not None and KEPT in kind:
+            held = [torch.empty(len(x), row, dtype=x.dtype) for row in program.stored_rows()]
+            kept += held
+        table += [t.data_ptr() for t in held]
         count = shares(len(x), torch.get_num_threads(), self.macs)
-        _run(program.forward, len(x), ends, [table] * count, program)
+        _run(program.forward(bool(held)), len(x), ends, [table] * count, program)
         return outputs
 
     def backward(
-        self, gradients: Sequence[Tensor], x: Tensor, operands: Sequence[Tensor | None], kind: str = "0"
+        self, gradients: Sequence[Tensor], x: Tensor, operands: Sequence[Tensor | None], kind: str = "0",
+        kept: Sequence[Tensor] = (),
     ) -> list[Tensor | None]:  # fmt: skip
-        """Return the gradients of x and all operands, from those of the outputs. All tensors are plain."""
+        """Return the gradients of x and all operands, from those of the outputs. All tensors are plain.
+
+        ``kept``: the activations that :meth:`run` has stored; without them they are computed again.
+        """
         program = self.program(x.dtype, kind)
         assert program is not None
         weight, shift, biases, factors = self._parts(program, operands)
@@ -199,7 +214,7 @@ class TorchBlock:
         gx = torch.empty_like(x)
         forward = [
             Packed(whole(p), "forward", again, f)
-            for p, again, f in zip(program.programs, program.again(), factors, strict=True)
+            for p, again, f in zip(program.programs, program.again(bool(kept)), factors, strict=True)
         ]
         back = [Packed(whole(p), "back", range(len(f)), f) for p, f in zip(program.programs, factors, strict=True)]
         sums = [
@@ -218,10 +233,11 @@ class TorchBlock:
         table += [place for p in (*forward, *back) for place in p.slice(0)]
         places = [one.slice(0) for one in sums]
         tables = [
-            [*table, *(t.data_ptr() for t in small[k]), *(place for one in places for place in one[k])]
+            [*table, *(t.data_ptr() for t in small[k]), *(place for one in places for place in one[k]),
+             *(t.data_ptr() for t in kept)]
             for k in range(count)
-        ]
-        _run(program.backward, len(x), [x.data_ptr(), *(g.data_ptr() for g in gradients)], tables, program)
+        ]  # fmt: skip
+        _run(program.backward(bool(kept)), len(x), [x.data_ptr(), *(g.data_ptr() for g in gradients)], tables, program)
         del forward, back
         for one in sums:
             one.finish(0)
@@ -248,8 +264,10 @@ class TorchBlock:
 Run = Callable[[Structure, Tensor, Sequence[Tensor], "Tensor | None"], Tensor]
 SEPARATE = "separate"
 TILES = "tiles"  # by tiles, in bfloat16 on processors with AMX
+KEPT = "kept"  # at the end of a kind: hidden features are stored for the backward pass
 AUTO = "0"
-KINDS = (AUTO, "16", "48", TILES)  # of passes to be timed, else by tokens of a block, 0: as many as the caches suggest
+# Of passes to be timed: by tokens of a block (0: as many as the caches suggest), or by tiles.
+KINDS = (AUTO, "16", "48", TILES, "0kept", "16kept", "tileskept")
 ROUNDS = 5
 # Ways that run a layer as one compiled pass.
 _WHOLE = {"compiled", "compiled-16", "compiled-48", "compiled-tiles", "compiled-tiles-64"}
@@ -275,21 +293,27 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, block: TorchBlock, kind: str, x: Tensor, *operands: Tensor | None) -> Any:
         ctx.block, ctx.kind = block, kind
-        ctx.save_for_backward(x, *operands)
         ctx.set_materialize_grads(True)
-        found = block.run(x, operands, kind)
+        kept: list[Tensor] = []
+        found = block.run(x, operands, kind, kept)
+        ctx.kept = [(tensor.dtype, tensor.shape) for tensor in kept]
+        ctx.save_for_backward(x, *operands, *kept)
         return found if len(found) > 1 else found[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         block: TorchBlock = ctx.block
-        x, *operands = ctx.saved_tensors
+        x, *saved = ctx.saved_tensors
+        count = len(saved) - len(ctx.kept)
+        operands, kept = saved[:count], saved[count:]
         needs = ctx.needs_input_grad[2:]
         if not torch.is_grad_enabled() and not recording() and block.plain(x, operands):
             plain = all(addressable(g) and g.dtype is x.dtype for g in gradients)
             if plain:
                 try:
-                    found = block.backward(gradients, x, operands, ctx.kind)
+                    if not as_kept(kept, ctx.kept):
+                        kept = []
+                    found = block.backward(gradients, x, operands, ctx.kind, kept)
                     return None, None, *(g if need else None for g, need in zip(found, needs, strict=True))
                 except CompileError as error:
                     block._failed(error)
@@ -346,8 +370,12 @@ class BlockProblem:
         return SEPARATE
 
     def kinds(self) -> list[str]:
-        """Return those of :data:`KINDS` that can run."""
-        return [kind for kind in KINDS if self.block.program(getattr(torch, self.dtype), kind) is not None]
+        """Return those of :data:`KINDS` that can run; only a training step stores activations."""
+        dtype = getattr(torch, self.dtype)
+        return [
+            kind for kind in KINDS
+            if (self.train or KEPT not in kind) and self.block.program(dtype, kind) is not None
+        ]  # fmt: skip
 
     def _problems(self) -> list[choice.Problem]:
         """Return the problem of each layer."""
@@ -366,13 +394,20 @@ class BlockProblem:
             kinds.append(TILES if way.name.startswith("compiled-tiles") else AUTO)
         # The best number of tokens of a layer does not apply, because a block has more activations in cache.
         kind = max(set(kinds), key=kinds.count)
+        if self.train and self.block.second is not None:
+            kind += KEPT
         return f"block-{kind}" if kind in self.kinds() else SEPARATE
 
     def close(self) -> list[str]:
-        """Return one pass and layer after layer, if the estimate is one pass and a call is not too short to time."""
+        """Return one pass and layer after layer, if the estimate is one pass and a call is not too short to time.
+
+        A pass that stores activations is compared with the one that computes them again, too.
+        """
         name = self.estimate()
         seconds = sum(choice.way_of(problem).seconds(problem) for problem in self._problems())
-        return [name, SEPARATE] if name != SEPARATE and seconds >= choice.WORTH else []
+        if name == SEPARATE or seconds < choice.WORTH:
+            return []
+        return [*dict.fromkeys((name, name.removesuffix(KEPT), SEPARATE))]
 
     def measure(self, names: list[str] | None = None, rounds: int = ROUNDS) -> dict[str, float]:
         """Return the seconds of alternatives, by default of all: the least of some calls in turns."""

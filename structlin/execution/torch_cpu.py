@@ -17,7 +17,7 @@ from torch import Tensor
 from structlin._arrays import ops
 from structlin.execution import choice
 from structlin.execution._gradients import chain_gradients
-from structlin.execution._guard import Guard, addressable, recording, transforming
+from structlin.execution._guard import Guard, addressable, as_kept, recording, transforming
 from structlin.execution._kept import kept
 from structlin.execution.batched import BatchedChain
 from structlin.execution.chunked import ChunkedChain
@@ -209,18 +209,9 @@ class _Differentiable(torch.autograd.Function):
         _, _, _, for_x, for_bias, *for_factors = ctx.needs_input_grad
         needs = [for_x, *for_factors, for_bias]
         passes = None if torch.is_grad_enabled() else ctx.passes  # the gradients are to be differentiated themselves
-        kept = saved[count:] if passes is not None and not recording() and _as_kept(saved[count:], ctx.kept) else ()
+        kept = saved[count:] if passes is not None and not recording() and as_kept(saved[count:], ctx.kept) else ()
         gx, *others, bias = chain.backward(passes, gy, x, factors, needs, kept)
         return None, None, None, gx, bias, *others
-
-
-def _as_kept(tensors: Sequence[Tensor], expected: Sequence[tuple[torch.dtype, torch.Size]]) -> bool:
-    """Whether hooks on saved tensors have not changed the activations; otherwise they are computed again."""
-    return all(
-        addressable(tensor, "an activation") and tensor.dtype is dtype and tensor.shape == shape
-        and tensor.is_contiguous()
-        for tensor, (dtype, shape) in zip(tensors, expected, strict=True)
-    )  # fmt: skip
 
 
 def chain_of(structure: Structure, rows: bool = True) -> CPUChain:

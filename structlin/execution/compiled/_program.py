@@ -430,13 +430,18 @@ class Program:
         if self.tiles and key[2] == "tokens":
             tiles.clear_after(emitter, at(arrays[key]), self.schedule.rows[key[1]], self.schedule.widths[key[1]])
 
-    def back_forms(self, needs: tuple[bool, ...], kept: bool) -> tuple[Forms, list[Key]]:
-        """Return the forms of arrays that the backward pass reads, and which of them lie outside of scratch memory."""
+    def back_forms(
+        self, needs: tuple[bool, ...], kept: bool, again: Sequence[int] | None = None
+    ) -> tuple[Forms, list[Key]]:
+        """Return the forms of arrays that the backward pass reads, and which of them lie outside of scratch memory.
+
+        ``again``: the steps that it runs again; None: all that it needs, unless activations are ``kept``.
+        """
         schedule, last = self.schedule, len(self.schedule.forward)
         wanted = [k for k in range(last) if needs[k + 1]]
         passed = range(last - 1, -1 if needs[0] else min(wanted), -1)
         forms = Forms(self.inside, self.schedule.rows)
-        for k in range(0 if kept else max(wanted, default=0)):
+        for k in range(0 if kept else max(wanted, default=0)) if again is None else again:
             forms.now = self.when("forward", k)
             forms.read_by(schedule.forward[k], "state", k)
             forms.write("state", k + 1)

@@ -69,8 +69,10 @@ class Rows:
         self._tokens(token)
 
     def activate(
-        self, name: str, hidden: Sequence[tuple[Memory, int]], target: Memory, row: int, width: int, wide: int
+        self, name: str, hidden: Sequence[tuple[Memory, int]], target: Memory, row: int, width: int, wide: int,
+        slopes: bool = False,
     ) -> None:  # fmt: skip
+        """Write the features; ``slopes``: the derivative overwrites the only input of the activation."""
         emitter, code = self.emitter, self.code
 
         def token(number: Int) -> None:
@@ -81,7 +83,9 @@ class Rows:
                     emitter.load(memory, code.add(start, k), lanes)
                     for (memory, _), start in zip(hidden, starts, strict=True)
                 ]
-                value = activation(name, emitter, held[0])[0]
+                value, slope = activation(name, emitter, held[0])
+                if slopes:
+                    emitter.store(hidden[0][0], code.add(starts[0], k), slope, lanes)
                 for other in held[1:]:
                     value = code.value(f"fmul {emitter.vector} {value}, {other}")
                 emitter.store(target, code.add(to, k), value, lanes)
@@ -95,7 +99,10 @@ class Rows:
         self, name: str, hidden: Sequence[tuple[Memory, int]], gradient: Memory, row: int, width: int,
         wide: Sequence[int],
     ) -> None:  # fmt: skip
-        """Overwrite the input of the activation by its gradient, given that of the features; zeros beyond ``width``."""
+        """Overwrite the input of the activation by its gradient, given that of the features; zeros beyond ``width``.
+
+        If there is one input, its derivative has already overwritten it (:meth:`activate`).
+        """
         emitter, code = self.emitter, self.code
 
         def token(number: Int) -> None:
@@ -105,9 +112,9 @@ class Rows:
                 places = [code.add(start, k) for start in starts]
                 held = [emitter.load(memory, place, lanes) for (memory, _), place in zip(hidden, places, strict=True)]
                 flow = emitter.load(gradient, code.add(at, k), lanes)
-                value, slope = activation(name, emitter, held[0])
-                found = []
+                slope, found = held[0], []
                 if len(held) > 1:
+                    value, slope = activation(name, emitter, held[0])
                     found = [code.value(f"fmul {emitter.vector} {flow}, {value}")]
                     flow = code.value(f"fmul {emitter.vector} {flow}, {held[1]}")
                 found.insert(0, code.value(f"fmul {emitter.vector} {flow}, {slope}"))

@@ -4,8 +4,8 @@ A block reads rows of one input, and may normalise them. Each chain of ``first``
 outputs are those of the block (the projections of an attention layer), or an activation function computes hidden
 features, to which the chain ``second`` is applied (an MLP, gated or not). The input may be added to the output.
 
-All steps run for a few tokens at a time, so all intermediate results stay in cache. Only the input is stored for the
-backward pass, which computes the rest again.
+All steps run for a few tokens at a time, so all intermediate results stay in cache. The backward pass computes them
+again from the input, or reads some of them that the forward pass has stored (:meth:`BlockProgram.stored`).
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class BlockProgram:
     Tables of the passes: x, the outputs (or their gradients), scratch memory, for the backward pass the gradient of x,
     weight and bias of the norm, biases of chains (with zeros where the chain pads its output; for the backward pass
     those of ``first`` alone), and factors. Of the backward pass further: factors for it, and sums of gradients of
-    weight and bias of the norm, of biases and of factors.
+    weight and bias of the norm, of biases and of factors. At the end the activations that are ``kept`` for the backward
+    pass, if it reads any.
     """
 
     def __init__(self, spec: BlockSpec, target: Target, dtype: str, programs: Sequence[Program], block: int | None):
@@ -82,25 +83,44 @@ class BlockProgram:
         self.second = self.programs[-1] if spec.second is not None else None
         self.inside, self.outside = programs[0].inside, programs[0].outside
         self.row = row_of(spec.d_in, self.inside)
-        self._made: dict[str, Pass] = {}
+        self._made: dict[tuple[str, bool], Pass] = {}
 
-    @property
-    def forward(self) -> Pass:
-        """The forward pass, compiled once."""
-        return self._made.get("forward") or self._made.setdefault("forward", self._forward())
+    def forward(self, keeps: bool = False) -> Pass:
+        """Return the forward pass, compiled once; ``keeps``: it stores the activations of :meth:`stored`."""
+        key = "forward", keeps
+        return self._made.get(key) or self._made.setdefault(key, self._forward(keeps))
 
-    @property
-    def backward(self) -> Pass:
-        """The backward pass, compiled once."""
-        return self._made.get("backward") or self._made.setdefault("backward", self._backward())
+    def backward(self, kept: bool = False) -> Pass:
+        """Return the backward pass, compiled once; ``kept``: it reads the activations of :meth:`stored`."""
+        key = "backward", kept
+        return self._made.get(key) or self._made.setdefault(key, self._backward(kept))
 
-    def again(self) -> list[range]:
+    def stored(self) -> list[tuple[int, int]]:
+        """Return the activations that may be stored, as the number of a chain and that of an activation in it.
+
+        These are the outputs of the first chains of an MLP. The activations between the steps of the second chain are
+        added if all together are no more than dense layers store: input and output of the activation function.
+        """
+        if self.second is None:
+            return []
+        found = [(number, len(program.schedule.forward)) for number, program in enumerate(self.first)]
+        between = self.second.schedule.widths[1:-1]
+        if sum(between) <= len(found) * self.second.d_in:
+            found += [(len(self.first), k + 1) for k in range(len(between))]
+        return found
+
+    def stored_rows(self) -> list[int]:
+        """Return the numbers of a row of each array of :meth:`stored`."""
+        return [self.programs[number].schedule.rows[k] for number, k in self.stored()]
+
+    def again(self, kept: bool = False) -> list[list[int]]:
         """Return the steps of each chain that the backward pass runs again: all, but the last one of an output."""
-        inner = self.second is not None
-        return [
-            range(len(program.schedule.forward) - (0 if inner and program is not self.second else 1))
-            for program in self.programs
-        ]
+        held, found = set(self.stored()) if kept else set(), []
+        for number, program in enumerate(self.programs):
+            last = len(program.schedule.forward)
+            needed = last + (self.second is not None and program is not self.second)
+            found.append([k for k in range(needed - 1) if (number, k + 1) not in held])
+        return found
 
     def _block(self, each: int) -> int:
         if self.given:
@@ -121,7 +141,7 @@ class BlockProgram:
         for operation in program.schedule.forward[:1]:
             forms.read("state", 0, operation.reads)
 
-    def _forward(self) -> Pass:
+    def _forward(self, keeps: bool) -> Pass:
         spec = self.spec
         all_forms = []
         for program in self.programs:
@@ -135,7 +155,11 @@ class BlockProgram:
                 forms.read("state", len(program.schedule.forward))
             all_forms.append(forms)
         writer = self._writer(all_forms)
-        frame = _Frame(self, writer, all_forms, backward=False)
+        if keeps:
+            for number, k in self.stored():  # which are copied after the last product of their chain
+                all_forms[number].now = len(self.programs[number].schedule.forward)
+                all_forms[number].read("state", k)
+        frame = _Frame(self, writer, all_forms, backward=False, kept=keeps)
         last = [len(program.schedule.forward) for program in self.programs]
 
         def body(emitter: Emitter, at: At) -> None:
@@ -146,6 +170,9 @@ class BlockProgram:
                 if program is self.second:
                     self._activate(rows, at, frame)
                 self._product_rows(emitter, at, frame, number, range(last[number]), emitter.tokens)
+                for (_, k), kept in frame.kept_of(number):
+                    row, source = program.schedule.rows[k], at(frame.arrays[number]["state", k, "plain"])
+                    emitter.copy(source, row, at(kept), row, *(program.schedule.widths[k],) * 2)
                 if program is self.second or self.second is None:
                     y = next(outputs)
                     if program.cuts_front:
@@ -156,16 +183,20 @@ class BlockProgram:
                     if spec.residual:
                         rows.add(at(frame.x), spec.d_in, at(y), spec.d_in, spec.d_in)
 
-        return writer.compile(body)
+        operations = [operation for program in self.programs for operation in program.schedule.forward]
+        return writer.compile(body, [frame.x], [*frame.ends, *frame.kept.values()], operations)
 
-    def _backward(self) -> Pass:
+    def _backward(self, kept: bool) -> Pass:
         all_forms = []
-        for program, again in zip(self.programs, self.again(), strict=True):
+        for program, again in zip(self.programs, self.again(kept), strict=True):
             needs = (True,) * (2 + len(program.shapes))
-            forms, _ = program.back_forms(needs, False)
+            forms, _ = program.back_forms(needs, False, again)
             last = len(program.schedule.forward)
             forms.now = 0
             forms.write("state", 0)  # all forms of the ends are written when the first one is
+            for k in range(last):
+                if kept and k not in again:
+                    forms.write("state", k + 1)
             for k in again:
                 forms.now = program.when("forward", k)
                 forms.read_by(program.schedule.forward[k], "state", k)
@@ -174,7 +205,7 @@ class BlockProgram:
             forms.write("flow", last)
             all_forms.append(forms)
         writer = self._writer(all_forms)
-        frame = _Frame(self, writer, all_forms, backward=True)
+        frame = _Frame(self, writer, all_forms, backward=True, kept=kept)
         even = any(p.gradient_in_pairs(k) for p in self.programs for k in range(len(p.shapes)))
 
         def body(emitter: Emitter, at: At) -> None:
@@ -182,9 +213,10 @@ class BlockProgram:
             tokens = emitter.even if even else emitter.tokens
             self._enter(rows, at, frame, even)
             gradients = iter(frame.ends)
-            for number, (program, again) in enumerate(zip(self.programs, self.again(), strict=True)):
+            for number, (program, again) in enumerate(zip(self.programs, self.again(kept), strict=True)):
                 if program is self.second:
-                    self._activate(rows, at, frame, even)
+                    self._activate(rows, at, frame, even, backward=True)
+                self._restore(emitter, at, frame, number, even)
                 self._product_rows(emitter, at, frame, number, again, tokens)
             for number, program in reversed(list(enumerate(self.programs))):
                 last = len(program.schedule.forward)
@@ -206,10 +238,24 @@ class BlockProgram:
                     self._derive(rows, at, frame, even)
             self._leave(rows, at, frame)
 
-        return writer.compile(body)
+        operations = []
+        for program, again in zip(self.programs, self.again(kept), strict=True):
+            schedule = program.schedule
+            operations += [*(schedule.forward[k] for k in again), *schedule.back, *schedule.gradients]
+        assert frame.gx is not None
+        return writer.compile(body, [frame.x, *frame.ends, *frame.kept.values()], [frame.gx], operations)
+
+    def _restore(self, emitter: Emitter, at: At, frame: _Frame, number: int, even: bool) -> None:
+        """Copy the activations of a chain that are kept to scratch memory, in all forms that products read."""
+        program, schedule = self.programs[number], self.programs[number].schedule
+        for (_, k), kept in frame.kept_of(number):
+            row, width = schedule.rows[k], schedule.widths[k]
+            for array in frame.forms[number].of(frame.arrays[number], "state", k):
+                emitter.copy(at(kept), row, at(array), row, width, width, even)
+            program.clear_all(emitter, at, frame.arrays[number], "state", k)
 
     def _product_rows(
-        self, emitter: Emitter, at: At, frame: _Frame, number: int, steps: range, tokens: Int
+        self, emitter: Emitter, at: At, frame: _Frame, number: int, steps: Sequence[int], tokens: Int
     ) -> None:  # fmt: skip
         """Write the steps of a chain, the last one with the bias."""
         program, forms, arrays = self.programs[number], frame.forms[number], frame.arrays[number]
@@ -267,14 +313,15 @@ class BlockProgram:
         last = len(self.programs[number].schedule.forward)
         self._copies(emitter, at, frame, number, "flow", last, source, row, even, there)
 
-    def _activate(self, rows: Rows, at: At, frame: _Frame, even: bool = False) -> None:
+    def _activate(self, rows: Rows, at: At, frame: _Frame, even: bool = False, backward: bool = False) -> None:
         """Compute the hidden features from the outputs of the first chains."""
         assert self.second is not None
         assert self.spec.activation is not None
         hidden = [(at(array), row) for array, row in frame.hidden]
         target, row = frame.features
         width, wide = self.second.d_in, self.second.schedule.widths[0]
-        rows.activate(self.spec.activation, hidden, at(target), row, width, wide)
+        slopes = backward and len(hidden) == 1
+        rows.activate(self.spec.activation, hidden, at(target), row, width, wide, slopes)
         number = len(self.first)
         if even:
             rows.clear(at(target), row, wide)
@@ -309,7 +356,9 @@ class BlockProgram:
 class _Frame:
     """The arrays of a pass, in the order of its table."""
 
-    def __init__(self, block: BlockProgram, writer: Writer, forms: Sequence[Forms], backward: bool) -> None:
+    def __init__(
+        self, block: BlockProgram, writer: Writer, forms: Sequence[Forms], backward: bool, kept: bool = False
+    ) -> None:
         spec = block.spec
         self.writer, self.forms = writer, list(forms)
         inside, outside = block.inside, block.outside
@@ -322,7 +371,7 @@ class _Frame:
         self.biases = [
             writer.whole(inside) if there and k < inner else None for k, there in enumerate(spec.biases)
         ]  # fmt: skip
-        steps = block.again() if backward else [range(len(p.shapes)) for p in block.programs]
+        steps = block.again(kept) if backward else [list(range(len(p.shapes))) for p in block.programs]
         self.factors = [
             {k: writer.factor(program.schedule.forward[k]) for k in again}
             for program, again in zip(block.programs, steps, strict=True)
@@ -337,6 +386,9 @@ class _Frame:
             self.bias_sums = [writer.whole(inside) if there else None for there in spec.biases]
             for program in block.programs:
                 self.sums.append({k: writer.whole(inside) for k in range(len(program.shapes))})
+        # Strides from row to row as in scratch memory.
+        rows = zip(block.stored(), block.stored_rows(), strict=True) if kept else ()
+        self.kept = {key: writer.rows(outside, row) for key, row in rows}
         self.held = writer.take(block.row, inside)
         self.arrays: list[dict[Key, Array]] = []
         self.hidden: list[tuple[Array, int]] = []
@@ -359,6 +411,10 @@ class _Frame:
             if backward and (program is block.second or len(spec.first) == 1) and ("state", 0, "plain") in given:
                 given["flow", 0, "plain"] = given["state", 0, "plain"]
             self.arrays.append(writer.arrays(forms[number], [], given))
+
+    def kept_of(self, number: int) -> list[tuple[tuple[int, int], Array]]:
+        """Return the arrays outside of scratch memory that hold activations of a chain."""
+        return [(key, array) for key, array in self.kept.items() if key[0] == number]
 
 
 @lru_cache(maxsize=32)
