@@ -262,9 +262,9 @@ class TorchBlock:
 
 
 Run = Callable[[Structure, Tensor, Sequence[Tensor], "Tensor | None"], Tensor]
+KEPT = choice.KEPT  # at the end of a kind: hidden features are stored for the backward pass
 SEPARATE = "separate"
 TILES = "tiles"  # by tiles, in bfloat16 on processors with AMX
-KEPT = "kept"  # at the end of a kind: hidden features are stored for the backward pass
 AUTO = "0"
 # Of passes to be timed: by tokens of a block (0: as many as the caches suggest), or by tiles.
 KINDS = (AUTO, "16", "48", TILES, "0kept", "16kept", "tileskept")
@@ -372,10 +372,8 @@ class BlockProblem:
     def kinds(self) -> list[str]:
         """Return those of :data:`KINDS` that can run; only a training step stores activations."""
         dtype = getattr(torch, self.dtype)
-        return [
-            kind for kind in KINDS
-            if (self.train or KEPT not in kind) and self.block.program(dtype, kind) is not None
-        ]  # fmt: skip
+        keeps = self.train and KEPT not in choice.policy_of(choice.policy_text()).without
+        return [k for k in KINDS if (keeps or KEPT not in k) and self.block.program(dtype, k) is not None]
 
     def _problems(self) -> list[choice.Problem]:
         """Return the problem of each layer."""
@@ -394,7 +392,7 @@ class BlockProblem:
             kinds.append(TILES if way.name.startswith("compiled-tiles") else AUTO)
         # The best number of tokens of a layer does not apply, because a block has more activations in cache.
         kind = max(set(kinds), key=kinds.count)
-        if self.train and self.block.second is not None:
+        if self.train and kind + KEPT in self.kinds():
             kind += KEPT
         return f"block-{kind}" if kind in self.kinds() else SEPARATE
 

@@ -14,7 +14,7 @@ each problem. The first of these that exists decides:
 The policy is ``compare`` (the default), ``estimate``, ``measure``, or names of ways in order of preference. A minus in
 front of a name excludes it: ``"-compiled"`` compares the other ways. :func:`using` sets the policy; otherwise the
 environment variable ``STRUCTLIN_EXECUTION`` does. ``"-compiled"`` excludes all ways of that group, ``"-block"`` all
-passes over several layers (:mod:`.blocks`).
+passes over several layers (:mod:`.blocks`), and ``"-kept"`` those that store hidden features for the backward pass.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ COMPARED = "the least time of those compared"
 ROUNDS = 3  # rounds in which `compare` times the alternatives of a block
 BLOCK = "block"
 """Name of passes over several layers; the policy ``-block`` excludes them."""
+KEPT = "kept"
+"""End of the names of those that store hidden features for the backward pass; the policy ``-kept`` excludes them."""
 
 
 @dataclass(frozen=True)
@@ -242,17 +244,17 @@ def policy_of(text: str) -> Policy:
     """
     _load()
     words = [word.strip() for word in text.split(",")]
-    known = {name for _, name in _WAYS} | {BLOCK}
+    known = {name for _, name in _WAYS} | {BLOCK, KEPT}
     if not {word.removeprefix("-") for word in words} <= known | set(MODES):
         _load(every=True)
-        known = {name for _, name in _WAYS} | {BLOCK}
+        known = {name for _, name in _WAYS} | {BLOCK, KEPT}
     mode = DEFAULT
     names: list[str] = []
     without: list[str] = []
     for word in words:
         if word in MODES:
             mode = word
-        elif word.removeprefix("-") in known and word != BLOCK:
+        elif word.removeprefix("-") in known and word not in (BLOCK, KEPT):
             (without if word.startswith("-") else names).append(word.removeprefix("-"))
         else:
             raise ValueError(
@@ -460,6 +462,8 @@ def settle(question: Alternatives) -> str:
         timed = timings_of(key)
         if not timed and policy.mode == "measure":
             timed = wisdom.write(key, question.measure())
+        if KEPT in policy.without:
+            timed = {one: seconds for one, seconds in timed.items() if not one.endswith(KEPT)}
         if not timed and policy.mode == "compare" and (close := question.close()):
             timed = record_of(key, close, lambda: question.measure(close, ROUNDS))
         name = min(timed, key=lambda one: timed[one]) if timed else question.estimate()

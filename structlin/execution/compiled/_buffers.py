@@ -17,7 +17,7 @@ from structlin.execution.compiled._team import run_shares
 class Packed:
     """Factors in the orders in which the products ``kind`` of slices read them."""
 
-    def __init__(self, slices: Slices, kind: str, numbers: range, factors: Sequence[Tensor]) -> None:
+    def __init__(self, slices: Slices, kind: str, numbers: Sequence[int], factors: Sequence[Tensor]) -> None:
         self._slices, self._packing, self._numbers = slices, slices.program.packing(kind, tuple(numbers)), numbers
         self._factors, self._made = factors, -1
         size = self._packing.total

@@ -296,7 +296,8 @@ class Program:
                 source = at(forms.one(arrays, "state", last))
                 self.write(emitter, source, schedule.rows[last], at(y), (self.strides[1], self.d_out))
 
-        return writer.compile(body, self._in_one_piece([x]), [] if cut else self._in_one_piece([y]), schedule.forward)
+        ends = [*(() if cut else [y]), *(arrays[key] for key in outside)]
+        return writer.compile(body, self._in_one_piece([x]), self._in_one_piece(ends), schedule.forward)
 
     @_once
     def backward(self, needs: tuple[bool, ...], kept: bool, shared: bool = False) -> Pass:
@@ -350,7 +351,8 @@ class Program:
         ran = [schedule.forward[k] for k in again] + [schedule.back[k] for k in passed]
         written = [] if gx is None or cut else self._in_one_piece([gx])
         operations = [*ran, *(schedule.gradients[k] for k in wanted)]
-        return writer.compile(body, self._in_one_piece([x, gy]), written, operations)
+        read = [x, gy, *(arrays[key] for key in outside)]
+        return writer.compile(body, self._in_one_piece(read), written, operations)
 
     def _in_one_piece(self, arrays: Sequence[Array]) -> Sequence[Array]:
         """Return the arrays to prefetch: those whose rows are contiguous."""

@@ -98,8 +98,9 @@ class BlockProgram:
     def stored(self) -> list[tuple[int, int]]:
         """Return the activations that may be stored, as the number of a chain and that of an activation in it.
 
-        These are the outputs of the first chains of an MLP. The activations between the steps of the second chain are
-        added if all together are no more than dense layers store: input and output of the activation function.
+        Of an MLP these are the outputs of the first chains. The activations between the steps of the second chain are
+        added if all together are no more than dense layers store: input and output of the activation function. Of
+        projections nothing is stored: these activations are larger than what they are computed from.
         """
         if self.second is None:
             return []

@@ -94,11 +94,13 @@ def check(block: TorchBlock, tokens: int, dtype: torch.dtype, kind: str = "0") -
     wanted = torch.autograd.grad(expected, [t for t in wide if t is not None], [g.double() for g in gradients])
 
     assert block.plain(x, operands)
-    found = block.run(x, operands, kind)
+    kept: list[Tensor] = []
+    found = block.run(x, operands, kind, kept)
+    assert bool(kept) == kind.endswith("kept")
     for got, want in zip(found, expected, strict=True):
         assert got.dtype is dtype
         assert error(got, want.detach()) < TOLERANCE[dtype]
-    pairs = zip(block.backward(gradients, x, operands, kind), (x, *operands), strict=True)
+    pairs = zip(block.backward(gradients, x, operands, kind, kept), (x, *operands), strict=True)
     for got, want in zip([g for g, t in pairs if t is not None], wanted, strict=True):
         assert got is not None
         assert got.dtype is dtype
@@ -127,7 +129,8 @@ MLPS = [
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", MLPS, ids=lambda case: f"{case[0].__name__}-{case[3]}-{case[5]}-{case[6]}")
-def test_mlp(case: Any, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", ["0", "0kept"])
+def test_mlp(case: Any, dtype: torch.dtype, kind: str) -> None:
     make, d, hidden, norm, affine, activation, gated, bias, residual, tokens, threads = case
     first = [make(d, hidden)] * (1 + gated)
     block = block_of(
@@ -137,7 +140,7 @@ def test_mlp(case: Any, dtype: torch.dtype) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        check(block, tokens, dtype)
+        check(block, tokens, dtype, kind)
     finally:
         torch.set_num_threads(before)
 
@@ -151,9 +154,77 @@ def test_projections_of_one_input(dtype: torch.dtype) -> None:
     check(block_of(first[1:], None, biases=(False, True)), 3, dtype)
 
 
-@pytest.mark.parametrize("size", ["2", "16", "48"])
+@pytest.mark.parametrize("size", ["2", "16", "48", "16kept"])
 def test_blocks_of_tokens(size: str) -> None:
     check(block_of([btt(24, 40)], btt(40, 24), norm="layer", residual=True), 101, torch.float64, size)
+
+
+def test_stored_activations_are_no_more_than_those_of_dense_layers() -> None:
+    """Input and output of the activation function; activations within the second layer are stored if they fit."""
+    small = block_of([btt(24, 40)], low_rank(40, 24))
+    large = block_of([btt(24, 40)], design("block_tensor_train", 40, 24, rank=9))
+    for block, arrays in ((small, 2), (large, 1)):
+        program = block.program(torch.float32, "0kept")
+        assert program is not None
+        places = program.stored()
+        assert len(places) == arrays
+        assert sum(program.programs[n].schedule.widths[k] for n, k in places) <= 2 * 40
+        check(block, 37, torch.float64, "0kept")
+    assert block_of([btt(24, 40)], None).program(torch.float32, "0kept") is None
+
+
+@pytest.mark.parametrize("policy", ["compiled", "compiled,-kept"])
+def test_memory_of_a_training_step(policy: str) -> None:
+    """The hidden features are stored once, in the dtype of the input, and not at all with `-kept`."""
+    block = block_of([btt(24, 40)], design("block_tensor_train", 40, 24, rank=9), activation="relu")
+    operands = [None if t is None else t.requires_grad_() for t in operands_of(block, torch.float32)]
+    x, saved = torch.randn(9, 24), []
+
+    def pack(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with execution.using(policy), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        assert block(x, operands) is not None
+    given = {t.data_ptr() for t in (x, *operands) if t is not None}
+    stored = [(t.dtype, len(t), t.shape[1] < 64) for t in saved if t.data_ptr() not in given]
+    assert stored == ([] if "kept" in policy else [(torch.float32, 9, True)])
+    saved.clear()
+    with execution.using(policy), torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        assert block(x, operands) is not None
+    assert saved == []
+
+
+def test_a_graph_that_is_kept_gives_the_same_gradients_again() -> None:
+    """The backward pass overwrites a copy of the stored activations, not these."""
+    block = block_of([btt(24, 40)] * 2, btt(40, 24), activation="silu", norm="rms", affine=(True, False))
+    operands = [None if t is None else t.requires_grad_() for t in operands_of(block, torch.float64)]
+    x = torch.randn(9, 24, dtype=torch.float64, requires_grad=True)
+    y = call(block, x, operands)[0]
+    wanted = [t for t in (x, *operands) if t is not None]
+    first = torch.autograd.grad(y.sum(), wanted, retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(y.sum(), wanted), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("change", [lambda t: t.double(), lambda t: t[:, ::2], lambda t: t.mT.contiguous().mT])
+def test_stored_activations_that_hooks_change_are_computed_again(change: Any) -> None:
+    block = block_of([btt(24, 40)], btt(40, 24))
+    operands = [None if t is None else t.requires_grad_() for t in operands_of(block, torch.float32)]
+    x = torch.randn(9, 24, requires_grad=True)
+    program = block.program(torch.float32, "0kept")
+    assert program is not None
+    rows = program.stored_rows()
+
+    def unpack(t: Tensor) -> Tensor:
+        return change(t) if t.ndim == 2 and t.shape[1] in rows else t
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+        y = call(block, x, operands)[0]
+    wanted = [t for t in (x, *operands) if t is not None]
+    expected = torch.autograd.grad(block.layers(x, operands, by_products)[0].sum(), wanted)
+    for found, want in zip(torch.autograd.grad(y.sum(), wanted), expected, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
 
 
 def call(block: TorchBlock, x: Tensor, operands: Operands) -> tuple[Tensor, ...]:
@@ -315,7 +386,7 @@ def test_measuring_times_all_answers() -> None:
     operands, x = operands_of(block, torch.float32), torch.randn(50, 24, requires_grad=True)
     found = tuning.tune(lambda: block(x, operands), progress=False)
     (key,) = [key for key in found if key.startswith("block")]
-    assert set(found[key]) == {"separate", "block-0", "block-16", "block-48"}
+    assert set(found[key]) == {"separate", "block-0", "block-16", "block-48", "block-0kept", "block-16kept"}
     assert all(0 < seconds < 10 for seconds in found[key].values())
 
 

@@ -163,7 +163,7 @@ def test_kept_activations_and_slices(tiles, monkeypatch):
     assert chain.back("bfloat16", 1).count > 1
 
 
-def wrong_by_of_block(block, tokens):
+def wrong_by_of_block(block, tokens, kind="tiles"):
     """The largest error of an output or a gradient against layer after layer in float64, relative to its norm."""
     generator = torch.Generator().manual_seed(tokens)
 
@@ -183,7 +183,9 @@ def wrong_by_of_block(block, tokens):
     expected = block.layers(wide[0], wide[1:], by_products)
     gradients = [torch.randn(y.shape, generator=generator).bfloat16() for y in expected]
     exact = torch.autograd.grad(expected, [t for t in wide if t is not None], [g.double() for g in gradients])
-    found = block.run(x, operands, "tiles"), block.backward(gradients, x, operands, "tiles")
+    kept = []
+    found = block.run(x, operands, kind, kept), block.backward(gradients, x, operands, kind, kept)
+    assert bool(kept) == kind.endswith("kept")
     pairs = [*zip(found[0], expected, strict=True), *zip([g for g in found[1] if g is not None], exact, strict=True)]
     return max(((got.double() - right).norm() / right.norm()).item() for got, right in pairs)
 
@@ -213,7 +215,11 @@ def test_whole_blocks(name, tokens, tiles):
     assert all(one.uses_tiles for one in program.programs)
     assert block.program(torch.float32, "tiles") is None
     assert wrong_by_of_block(block, tokens) < 0.02
-    assert "tiles" in blocks.BlockProblem(block, "bfloat16", 64, 1, True).kinds()
+    kinds = blocks.BlockProblem(block, "bfloat16", 64, 1, True).kinds()
+    assert "tiles" in kinds
+    assert ("tileskept" in kinds) == (second is not None)
+    if second is not None:
+        assert wrong_by_of_block(block, tokens, "tileskept") < 0.02
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
