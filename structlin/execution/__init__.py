@@ -8,7 +8,7 @@ devices and dtypes. One way is chosen for each chain, dtype, number of tokens an
 - :mod:`.compiled`: a whole pass as machine code, on x86-64, in torch and jax;
 - :mod:`.choice`: the interface of ways, and the choice;
 - :mod:`.rates`, :mod:`.machine`: measured rates and properties of the machine, for estimates;
-- :mod:`.tuning`, :mod:`.wisdom`: timings, and their records on disk.
+- :mod:`.tuning`, :mod:`.race`, :mod:`.wisdom`: timings, and their records on disk.
 """
 
 from structlin.execution._run import EXECUTOR

@@ -29,6 +29,7 @@ from structlin.execution.compiled._target import CompileError, host, tiled_host,
 from structlin.execution.compiled._team import run_shares
 from structlin.execution.compiled.block import BlockProgram, BlockSpec, make_block
 from structlin.execution.products import products
+from structlin.execution.race import race
 from structlin.execution.rates import clock
 from structlin.execution.torch_ways import torch_chain
 from structlin.structure import Structure
@@ -268,7 +269,7 @@ TILES = "tiles"  # by tiles, in bfloat16 on processors with AMX
 AUTO = "0"
 # Of passes to be timed: by tokens of a block (0: as many as the caches suggest), or by tiles.
 KINDS = (AUTO, "16", "48", TILES, "0kept", "16kept", "tileskept")
-ROUNDS = 5
+BUDGET = 0.6  # seconds (:func:`.race.race`)
 # Ways that run a layer as one compiled pass.
 _WHOLE = {"compiled", "compiled-16", "compiled-48", "compiled-tiles", "compiled-tiles-64"}
 _failed: set[TorchBlock] = set()
@@ -407,8 +408,8 @@ class BlockProblem:
             return []
         return [*dict.fromkeys((name, name.removesuffix(KEPT), SEPARATE))]
 
-    def measure(self, names: list[str] | None = None, rounds: int = ROUNDS) -> dict[str, float]:
-        """Return the seconds of alternatives, by default of all: the least of some calls in turns."""
+    def measure(self, names: list[str] | None = None, budget: float = BUDGET) -> dict[str, float]:
+        """Return the seconds of alternatives, by default of all."""
         block, kind = self.block, getattr(torch, self.dtype)
         generator = torch.Generator().manual_seed(0)
 
@@ -431,26 +432,18 @@ class BlockProblem:
 
         wanted = [t for t in (x, *operands) if t is not None]
 
-        now = clock(self.threads)
-
-        def seconds(call: Callable[[], tuple[Tensor, ...]]) -> float:
-            start = now()
+        def whole(call: Callable[[], tuple[Tensor, ...]]) -> None:
             outputs = call()
             if self.train:
                 torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs])
-            return now() - start
 
         calls = {SEPARATE: separate} | {f"block-{which}": partial(fused, which) for which in self.kinds()}
         if names is not None:
             calls = {name: calls[name] for name in names}
-        least = dict.fromkeys(calls, math.inf)
         with apart(self.train):
-            for number in range(rounds + 1):
-                for name, call in calls.items():
-                    taken = seconds(call)
-                    if number:
-                        least[name] = min(least[name], taken)
-        return least
+            for call in calls.values():
+                whole(call)
+            return race({name: partial(whole, call) for name, call in calls.items()}, clock(self.threads), budget)
 
 
 @lru_cache(maxsize=128)

@@ -43,7 +43,7 @@ DEFAULT = "compare"
 # in bfloat16 (benchmarks/layers.py --ways).
 CLOSE, FAR, MOST, WORTH = 2.0, 4.0, 5, 2.5e-4
 COMPARED = "the least time of those compared"
-ROUNDS = 3  # rounds in which `compare` times the alternatives of a block
+QUICK = 0.25  # seconds in which `compare` times alternatives, beside their first calls
 BLOCK = "block"
 """Name of passes over several layers; the policy ``-block`` excludes them."""
 KEPT = "kept"
@@ -448,8 +448,8 @@ class Alternatives(Protocol):
     def close(self) -> list[str]:
         """Return the alternatives to time under the policy ``compare``; none if the estimate decides."""
 
-    def measure(self, names: list[str] | None = None, rounds: int = 5) -> dict[str, float]:
-        """Return the seconds of alternatives, by default of all."""
+    def measure(self, names: list[str] | None = None, budget: float = 0.6) -> dict[str, float]:
+        """Return the seconds of alternatives, by default of all; ``budget``: as in :func:`.race.race`."""
 
 
 def settle(question: Alternatives) -> str:
@@ -465,7 +465,7 @@ def settle(question: Alternatives) -> str:
         if KEPT in policy.without:
             timed = {one: seconds for one, seconds in timed.items() if not one.endswith(KEPT)}
         if not timed and policy.mode == "compare" and (close := question.close()):
-            timed = record_of(key, close, lambda: question.measure(close, ROUNDS))
+            timed = record_of(key, close, lambda: question.measure(close, QUICK))
         name = min(timed, key=lambda one: timed[one]) if timed else question.estimate()
     _made[key] = repr(question.structure), name
     for met in _recordings:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import math
 import os
-import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,15 +16,12 @@ from structlin.execution import choice, rates, wisdom
 from structlin.execution.choice import Problem, Way
 from structlin.execution.devices import Device
 from structlin.execution.machine import caches
+from structlin.execution.race import race
 from structlin.structure import Structure
 
 __all__ = ["clear_wisdom", "explain", "import_wisdom", "measure", "problem_of", "tune"]
 
-# No round except the first begins after BUDGET seconds. All ways take part in the first LEAST_ROUNDS rounds, and there
-# are at most MOST_ROUNDS. In each round a way runs once. Its least time counts, because other processes only add to it.
-BUDGET, LEAST_ROUNDS, MOST_ROUNDS = 0.6, 5, 60
-QUICK = 0.25  # instead of BUDGET under the policy `compare`
-HOPELESS = 3.0  # after LEAST_ROUNDS, a way that takes this many times as long as the best one is not timed again
+BUDGET = 0.6  # seconds (:func:`.race.race`)
 # A problem whose best estimate exceeds LONGEST seconds is timed with fewer tokens, but at least ENOUGH_TOKENS, beyond
 # which the time of a token does not change.
 LONGEST, ENOUGH_TOKENS = 0.25, 2048
@@ -62,7 +59,7 @@ def measure(problem: Problem, among: Sequence[Way] | None = None, *, keep: bool 
 
 
 def _race(problem: Problem, among: Sequence[Way], budget: float, cold: bool = False) -> dict[str, float]:
-    """Return the seconds of ways, which run in turns; no round but the first begins after ``budget`` seconds.
+    """Return the seconds of ways, which run in turns.
 
     ``cold``: before each call, other data replace those in the second level of cache, as other layers do in a model.
     """
@@ -81,38 +78,21 @@ def _race(problem: Problem, among: Sequence[Way], budget: float, cold: bool = Fa
         calls[way.name] = call
     if not calls:
         raise ValueError(f"no way can run {problem.key}")
-    least = dict.fromkeys(calls, math.inf)
     now = rates.clock(problem.threads, problem.library, problem.device)
-    racing, start = list(calls), time.perf_counter()
     other_data = np.zeros(2 * caches().l2 if cold else 0, np.uint8)
-    for number in range(MOST_ROUNDS):
-        if number and time.perf_counter() - start > budget:  # long calls differ little from round to round
-            break
-        if number >= LEAST_ROUNDS:
-            best = min(least.values())
-            racing = [name for name in racing if least[name] <= HOPELESS * best]
-            if len(racing) < 2:
-                break
-        for name in racing:
-            if cold:
-                other_data += 1
-            least[name] = min(least[name], _timed(calls[name], now))
-    return {name: seconds * problem.tokens / tokens for name, seconds in least.items()}
+    found = race(calls, now, budget, partial(np.add, other_data, 1, out=other_data))
+    return {name: seconds * problem.tokens / tokens for name, seconds in found.items()}
 
 
 def _compare(problem: Problem, among: Sequence[Way]) -> dict[str, float]:
     """Time a few ways in less time, and store the result."""
-    return choice.record_of(problem.key, [way.name for way in among], lambda: _race(problem, among, QUICK, cold=True))
+    return choice.record_of(
+        problem.key, [way.name for way in among], lambda: _race(problem, among, choice.QUICK, cold=True)
+    )
 
 
 choice.measurers[:] = [lambda problem, ways: measure(problem, ways)]
 choice.comparers[:] = [_compare]
-
-
-def _timed(call: Callable[[], object], now: Callable[[], float]) -> float:
-    start = now()
-    call()
-    return now() - start
 
 
 def _call(problem: Problem, way: Way, tokens: int) -> Callable[[], object]:

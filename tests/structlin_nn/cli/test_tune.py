@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from structlin import execution
-from structlin.execution import choice, tuning, wisdom
+from structlin.execution import choice, race, wisdom
 from structlin_nn.cli import main
 
 Run = Callable[..., tuple[int, str, str]]
@@ -56,7 +56,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("STRUCTLIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("STRUCTLIN_EXECUTION", raising=False)
     monkeypatch.setattr(wisdom, "_MEMORY", {})
-    monkeypatch.setattr(tuning, "MOST_ROUNDS", 2)
+    monkeypatch.setattr(race, "MOST_ROUNDS", 2)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield tmp_path / "cache"
