@@ -73,11 +73,15 @@ def machine_name() -> str:
     return f"{short}-{hashlib.sha256(about.encode()).hexdigest()[:12]}"
 
 
+def root() -> Path:
+    """Return the folder of all that is stored for later processes."""
+    given = os.environ.get("STRUCTLIN_CACHE")
+    return Path(given) if given else platformdirs.user_cache_path("structlin")
+
+
 def folder() -> Path:
     """Return the folder of the records of this processor and these versions of the libraries."""
-    given = os.environ.get("STRUCTLIN_CACHE")
-    root = Path(given) if given else platformdirs.user_cache_path("structlin")
-    return root / f"wisdom-{FORMAT}" / machine_name()
+    return root() / f"wisdom-{FORMAT}" / machine_name()
 
 
 def _path(key: str) -> Path:

@@ -10,7 +10,7 @@ whole pass over a chain is one function, generated for its sizes and compiled by
 - :mod:`._tiles`: products of bfloat16 by tiles, on processors with AMX,
 - :mod:`._slices`: passes in slices whose factors stay in cache,
 - :mod:`._limits`: bounds on the use of the caches,
-- :mod:`._target`: the processor and the compiler,
+- :mod:`._target`, :mod:`._objects`: the processor, the compiler, and compiled code on disk,
 - :mod:`._arrange`: copies of factors in the orders that the products read,
 - :mod:`._team`: threads, in torch,
 - :mod:`._rules`: the programs of a chain, the division of tokens, and what is stored for the backward pass,

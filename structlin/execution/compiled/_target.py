@@ -12,6 +12,8 @@ from functools import cache, lru_cache
 from itertools import count
 from typing import Any
 
+from structlin.execution.compiled import _objects
+
 _LOCK = threading.Lock()  # a target machine of LLVM's is used by one thread at a time
 _NUMBERS = count()  # of what was loaded: a linker takes each name once
 LINKED = 64  # functions of a linker: it takes 160 KB itself, and keeps 9 KB of each
@@ -130,19 +132,32 @@ def address(function: Any) -> int:
 
 
 def load(text: str, name: str, target: Target, parameters: list[Any]) -> Callable[..., None]:
-    """Compile a module and return its function; ``parameters`` are types of ctypes. Calls hold no lock of Python's.
+    """Return the function of a module; ``parameters`` are types of ctypes. Calls hold no lock of Python's.
 
-    The code is freed with the last reference to the function. Raises :class:`CompileError` if LLVM fails in any way.
+    The module is compiled, unless an earlier process has stored its code (:mod:`._objects`). The code is freed with the
+    last reference to the function. Raises :class:`CompileError` if LLVM fails in any way.
     """
     try:
         with _LOCK:
-            machine, module = parsed(text, target)
-            loaded = _link(machine.emit_object(module), name)
+            key = _objects.key_of(text, target, _binding().get_process_triple(), _version())
+            code = _objects.read(key)
+            if code is None:
+                machine, module = parsed(text, target)
+                code = machine.emit_object(module)
+                _objects.write(key, code)
+            loaded = _link(code, name)
         function: Any = ctypes.CFUNCTYPE(None, *parameters)(loaded[name])
     except Exception as error:  # of LLVM's: RuntimeError; and whatever else llvmlite raises, MemoryError included
         raise CompileError(f"LLVM did not compile {name!r}: {error}") from error
     function.loaded = loaded
     return function
+
+
+@cache
+def _version() -> str:
+    import llvmlite
+
+    return f"{llvmlite.__version__} {_binding().llvm_version_info}"
 
 
 def parsed(text: str, target: Target) -> tuple[Any, Any]:
