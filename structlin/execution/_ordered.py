@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from structlin._parse import Step
+from structlin.execution._memory import advised
 from structlin.execution._orders import Layout, Product, make_layout
 
 __all__ = ["OrderedChain"]
@@ -206,11 +207,11 @@ class OrderedChain(ABC):
         return [a[start * width :] for a, width in zip(kept, self.widths[1:-1], strict=True)]
 
     def _buffers(self, x: Tensor, most: int) -> list[Tensor]:
-        return [x.new_empty(width * self.room(most, x.element_size())) for width in self.widths[1:-1]]
+        return [advised(x.new_empty(width * self.room(most, x.element_size()))) for width in self.widths[1:-1]]
 
     def _outcome(self, x: Tensor, end: int) -> Tensor:
         tokens = x.shape[0 if self.rows else 1]
-        return x.new_empty((tokens, self.widths[end]) if self.rows else (self.widths[end], tokens))
+        return advised(x.new_empty((tokens, self.widths[end]) if self.rows else (self.widths[end], tokens)))
 
     def _padded(self, x: Tensor, end: int) -> Tensor:
         pad = self.padding[end]

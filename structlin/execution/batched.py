@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from structlin._parse import Step
+from structlin.execution._memory import advised
 from structlin.execution.compiled._arrange import Arrangement, load_copies
 from structlin.execution.compiled._program import ELEMENTS
 from structlin.execution.compiled._rules import copy_shares
@@ -103,7 +104,7 @@ class BatchedChain:
             if kept is not None:
                 kept.append(state.contiguous())
         weight = self._arranged(factors[-1].detach(), len(factors) - 1).mT
-        y = x.new_empty((len(x), self.products[-1][0] * self.products[-1][1]))
+        y = advised(x.new_empty((len(x), self.products[-1][0] * self.products[-1][1])))
         into = self.leave.back(y)
         if into.data_ptr() == y.data_ptr():
             _product(state, weight, out=into)
@@ -134,7 +135,7 @@ class BatchedChain:
             if k > max(lowest, 0):
                 flow = self.enter[k].back(_product(flow, weights[k]))
         if needs[0]:
-            gx = torch.empty_like(x, memory_format=torch.contiguous_format)
+            gx = advised(torch.empty_like(x, memory_format=torch.contiguous_format))
             into = self.enter[0](gx)
             if into.data_ptr() == gx.data_ptr():
                 _product(flow, weights[0], out=into)
@@ -181,7 +182,7 @@ def _copy(x: Tensor, order: tuple[int, ...], back: bool) -> Tensor:
     found = _copies(shape, order, back, _NAMES[x.dtype], target)
     if found is None:
         return moved.contiguous()
-    made = torch.empty(moved.shape, dtype=x.dtype, device="cpu")
+    made = advised(torch.empty(moved.shape, dtype=x.dtype, device="cpu"))
     count = copy_shares(x.numel(), torch.get_num_threads())
     run_shares(found, [[x.data_ptr(), made.data_ptr()]] * count, range(count + 1), count, target)
     return made

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from structlin._arrays import ops
 from structlin.execution import choice
 from structlin.execution._guard import addressable, apart, as_kept, guard_of, recording, watched
+from structlin.execution._memory import advised
 from structlin.execution.compiled._activations import ACTIVATIONS
 from structlin.execution.compiled._buffers import Packed, Sums
 from structlin.execution.compiled._rules import cuts, shares
@@ -184,7 +185,7 @@ class TorchBlock:
         program = self.program(x.dtype, kind)
         assert program is not None
         weight, shift, biases, factors = self._parts(program, operands)
-        outputs = tuple(torch.empty(len(x), size, dtype=x.dtype) for size in self._spec.outputs)
+        outputs = tuple(advised(torch.empty(len(x), size, dtype=x.dtype)) for size in self._spec.outputs)
         x = x.contiguous()
         packed = [Packed(whole(p), "forward", range(len(f)), f) for p, f in zip(program.programs, factors, strict=True)]
         given = [t for t in (weight, shift, *biases) if t is not None]
@@ -192,7 +193,7 @@ class TorchBlock:
         ends = [x.data_ptr(), *(y.data_ptr() for y in outputs)]
         held = []
         if kept is not None and KEPT in kind:
-            held = [torch.empty(len(x), row, dtype=x.dtype) for row in program.stored_rows()]
+            held = [advised(torch.empty(len(x), row, dtype=x.dtype)) for row in program.stored_rows()]
             kept += held
         table += [t.data_ptr() for t in held]
         count = shares(len(x), torch.get_num_threads(), self.macs)
@@ -212,7 +213,7 @@ class TorchBlock:
         weight, shift, biases, factors = self._parts(program, operands)
         x, gradients = x.contiguous(), [g.contiguous() for g in gradients]
         count, like = shares(len(x), torch.get_num_threads(), self.macs), x.dtype
-        gx = torch.empty_like(x)
+        gx = advised(torch.empty_like(x))
         forward = [
             Packed(whole(p), "forward", again, f)
             for p, again, f in zip(program.programs, program.again(bool(kept)), factors, strict=True)

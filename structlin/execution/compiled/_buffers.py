@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from structlin.execution._memory import advised
 from structlin.execution.compiled._program import Packing, Program
 from structlin.execution.compiled._rules import copy_shares
 from structlin.execution.compiled._slices import Slices
@@ -21,7 +22,7 @@ class Packed:
         self._slices, self._packing, self._numbers = slices, slices.program.packing(kind, tuple(numbers)), numbers
         self._factors, self._made = factors, -1
         size = self._packing.total
-        self._copies = torch.empty(size, dtype=torch.uint8, device="cpu") if size else None
+        self._copies = advised(torch.empty(size, dtype=torch.uint8, device="cpu")) if size else None
         self._places: list[int] = []
 
     def slice(self, number: int) -> list[int]:
@@ -58,7 +59,7 @@ class Sums:
         self.found: list[Tensor | None] = []
         self._sums: list[list[Tensor]] = [[]]
         for k, copied in zip(wanted, self._packing.sizes, strict=True):
-            direct = None if copied else torch.zeros(shapes[k], dtype=dtype, device="cpu")
+            direct = None if copied else _zeros(shapes[k], dtype).view(shapes[k])
             self.found.append(direct)
             self._sums[0].append(_zeros(program.shapes[k], program.dtype) if direct is None else direct)
         self._sums += [[_zeros(program.shapes[k], program.dtype) for k in wanted] for _ in range(1, threads)]
@@ -89,7 +90,7 @@ class Sums:
             if copied:
                 found = self.found[place]
                 if found is None:
-                    found = self.found[place] = torch.empty(self._shapes[k], dtype=self._dtype, device="cpu")
+                    found = self.found[place] = advised(torch.empty(self._shapes[k], dtype=self._dtype, device="cpu"))
                 moved += [total.data_ptr(), found.data_ptr() + number * self._slices.factors[k] * found.itemsize]
         _copy(self._slices.program, self._packing, moved)
 
@@ -114,7 +115,7 @@ class Sums:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.zeros(math.prod(shape), dtype=dtype, device="cpu")
+    return advised(torch.empty(math.prod(shape), dtype=dtype, device="cpu")).zero_()
 
 
 def _copy(program: Program, packing: Packing, table: Sequence[int]) -> None:

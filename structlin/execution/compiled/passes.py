@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from structlin._parse import Step
+from structlin.execution._memory import advised
 from structlin.execution.compiled._buffers import Packed, Sums, kept_places
 from structlin.execution.compiled._program import Program
 from structlin.execution.compiled._rules import ChainRules, cuts, shares
@@ -57,11 +58,11 @@ class FusedChain(ChainRules):
         program = self._ready(x.dtype)
         x, factors = x.contiguous(), [factor.contiguous() for factor in factors]
         shape = (tokens, self.d_out) if self.rows else (self.d_out, tokens)
-        y = torch.empty(shape, dtype=x.dtype, device="cpu")
+        y = advised(torch.empty(shape, dtype=x.dtype, device="cpu"))
         cut, found = self.kept_tokens(name, tokens, self._threads(tokens)) if kept is not None else 0, []
         if kept is not None and cut:
             rows, kept_dtype = program.schedule.rows[1:-1], program.kept_dtype
-            found = [torch.empty(cut * row, dtype=kept_dtype, device="cpu") for row in rows]
+            found = [advised(torch.empty(cut * row, dtype=kept_dtype, device="cpu")) for row in rows]
             kept += found
         if bias is not None:
             spare = program.schedule.widths[-1] - self.d_out
@@ -93,7 +94,7 @@ class FusedChain(ChainRules):
         slices = self.back(_NAMES[x.dtype], threads)
         if kept and slices.states is None:  # with another number of threads these were not to be read in slices
             slices = whole(program)
-        gx = torch.empty(x.shape, dtype=x.dtype, device="cpu") if needs[0] else None
+        gx = advised(torch.empty(x.shape, dtype=x.dtype, device="cpu")) if needs[0] else None
         *needs, for_bias = needs
         wanted = [k for k in range(last) if needs[k + 1]]
         # Each slice reads the whole of gy, whose sum is in the way of none of them.
