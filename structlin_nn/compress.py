@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -108,14 +107,9 @@ def compress(
 
 
 def costs(trained: TrainedModel) -> dict[str, int]:
-    """Return the parameters of a model, and the MACs and attention MACs of one sample, counted on the meta device."""
-    held = [*trained.model.parameters(), *trained.model.buffers()]
-    twins: dict[int, Any] = {}
-    for tensor in held:
-        meta = tensor.detach().to("meta")
-        twins[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
-    twin = replace(trained, model=copy.deepcopy(trained.model, twins))
-    counted = count(twin.model, twin.example_input())
+    """Return the parameters of a model, and the MACs and attention MACs of one sample."""
+    device = next(trained.model.parameters()).device
+    counted = count(trained.model, trained.example_input(str(device)), backward=False)
     return {"params": counted.params, "forward_macs": counted.macs(), "attention_macs": counted.macs("attention")}
 
 

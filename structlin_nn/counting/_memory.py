@@ -29,13 +29,11 @@ def itemsize(dtype: Any) -> int:
     return DTYPES[name]
 
 
-def states_of(optimizer: str, states: int | None = None) -> int:
-    """Return ``states``, or by default the numbers that an optimizer keeps for each parameter."""
+def states_of(optimizer: str) -> int:
+    """Return the numbers that an optimizer keeps for each parameter."""
     if optimizer not in OPTIMIZER_STATES:
         raise ValueError(f"unknown optimizer {optimizer!r}; one of {', '.join(OPTIMIZER_STATES)}")
-    kept = OPTIMIZER_STATES[optimizer] if states is None else states
-    check_integer("states", kept, 0)
-    return kept
+    return OPTIMIZER_STATES[optimizer]
 
 
 class _CrossEntropy(nn.Module):
@@ -70,7 +68,6 @@ def training_bytes(
     *,
     loss: ModelCount | None = None,
     optimizer: str = "adam",
-    states: int | None = None,
     dtype: str | None = None,
     activation_dtype: str | None = None,
     zero_stage: int = 0,
@@ -87,8 +84,6 @@ def training_bytes(
         loss is part of ``counted`` or is not included.
     optimizer
         ``adam``, ``adamw``, ``sign`` or ``sgd``, with 2, 2, 1 and 1 numbers for each trainable parameter.
-    states
-        Another number of them, such as 0 for SGD without momentum.
     dtype
         Dtype of weights, gradients and states; default: their own.
     activation_dtype
@@ -110,7 +105,7 @@ def training_bytes(
     Raises
     ------
     ValueError
-        For an unknown optimizer, dtype or stage; if ``devices`` or ``states`` is too small; if activations were not
+        For an unknown optimizer, dtype or stage; if ``devices`` is too small; if activations were not
         counted.
 
     References
@@ -146,7 +141,7 @@ def training_bytes(
         "weights": -(-(trainable + rest) // shares[0]),
         "buffers": counted.buffer_bytes,
         "gradients": -(-trainable // shares[1]),
-        "optimizer_states": -(-states_of(optimizer, states) * trainable // shares[2]),
+        "optimizer_states": -(-states_of(optimizer) * trainable // shares[2]),
         "activations": kept + counted.saved_bytes,
         "loss": 0 if loss is None else loss.saved * size + loss.saved_bytes,
     }

@@ -106,7 +106,7 @@ class Roofline:
 
 
 def roofline(
-    counted: ModelCount, on: Device, dtype: str | None = None, *, optimizer: str = "adam", states: int | None = None,
+    counted: ModelCount, on: Device, dtype: str | None = None, *, optimizer: str = "adam",
     weight_dtype: str | None = None, shares: int = 1,
 ) -> Roofline:  # fmt: skip
     """Return the least time of a training step of a counted batch on a device.
@@ -120,7 +120,7 @@ def roofline(
     dtype
         Dtype of the products, also ``tfloat32``; default: that of the parameters. Other FLOPs (FFTs) have the same
         rate.
-    optimizer, states
+    optimizer
         As in :func:`structlin_nn.counting.training_bytes`.
     weight_dtype
         Dtype of weights, gradients and states in the update; default: that of the parameters.
@@ -160,7 +160,7 @@ def roofline(
     weights = counted.trainable_bytes
     if weight_dtype is not None:
         weights = counted.trainable_params * itemsize(weight_dtype)
-    update = (3 + 2 * states_of(optimizer, states)) * weights / bandwidth / shares
+    update = (3 + 2 * states_of(optimizer)) * weights / bandwidth / shares
     return Roofline(
         on.name, dtype, forward, backward, compute, flops / moved if moved else 0.0, peak / bandwidth,
         counted.uncounted_moved * size / bandwidth, update,

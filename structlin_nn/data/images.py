@@ -165,8 +165,7 @@ def load_images(name: str, root: str | os.PathLike[str] | None = None, *, verify
         ``"cifar10"`` or ``"cifar100"``, or ``"fashion"``, the class-balanced subset of Fashion-MNIST that is part of
         this package.
     root
-        Folder of the files of CIFAR (`structlin_nn.data.cifar`). None: the environment variable ``STRUCTLIN_CIFAR10``
-        or ``STRUCTLIN_CIFAR100``. Embedded data have no root.
+        Folder of the files of CIFAR (`structlin_nn.data.cifar`). Embedded data have no root.
     verify
         Compare CIFAR with the published md5 sums. Embedded data are always verified.
 
@@ -190,12 +189,10 @@ def load_images(name: str, root: str | os.PathLike[str] | None = None, *, verify
         return _load_fashion()
     from structlin_nn.data.cifar import load_cifar  # reads on demand what only CIFAR needs
 
-    variable = f"STRUCTLIN_{name.upper()}"
-    root = root or os.environ.get(variable)
     if not root:
         raise FileNotFoundError(
-            f"no place given for {name}: pass root= or set the environment variable {variable} to the folder that "
-            'holds the files from https://www.cs.toronto.edu/~kriz/cifar.html (the embedded data "fashion" need none)'
+            f"no place given for {name}: pass root= (--data), the folder of the files from "
+            'https://www.cs.toronto.edu/~kriz/cifar.html (the embedded data "fashion" need none)'
         )
     return load_cifar(name, root, verify=verify)
 

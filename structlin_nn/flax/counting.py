@@ -24,10 +24,10 @@ import jax
 from flax import nnx
 from jax.extend import core
 
-from structlin.execution.jax_cpu import as_chains, macs_of, single_products
+from structlin.execution.jax_cpu import as_chains, macs_of
 from structlin_nn.flax._primitives import FREE, UNKNOWN, classify, formula_of, register_primitive
 
-__all__ = ["JaxCount", "UnknownPrimitiveError", "count", "xla_flops"]
+__all__ = ["JaxCount", "UnknownPrimitiveError", "count"]
 
 
 class UnknownPrimitiveError(ValueError):
@@ -226,24 +226,3 @@ def count(
             "register_no_product"
         )
     return counted
-
-
-def xla_flops(function: Callable[..., Any], *inputs: Any, **keywords: Any) -> float:
-    """Return the FLOPs of a jitted function by the cost analysis of XLA, before optimisation.
-
-    XLA also counts additions and comparisons, counts each loop once, and does not count transcendental functions. For a
-    function that only computes products the result equals ``2 * macs`` of :func:`count`.
-
-    Examples
-    --------
-    >>> import jax.numpy as jnp
-    >>> xla_flops(jnp.matmul, jnp.zeros((3, 8)), jnp.zeros((8, 5)))
-    240.0
-    """
-
-    def call(*inputs: Any, **keywords: Any) -> Any:  # a new function, which jax has not lowered yet
-        return function(*inputs, **keywords)
-
-    with single_products():
-        found: Any = jax.jit(call).lower(*inputs, **keywords).cost_analysis()
-        return float(found["flops"])

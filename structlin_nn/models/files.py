@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from structlin_nn.models.mlp import MLP, MLPConfig
-from structlin_nn.models.transformer import GPT2, GPT2Config, ViT, ViTConfig
+from structlin_nn.models.networks import GPT2, MLP, GPT2Config, MLPConfig, ViT, ViTConfig
 from structlin_nn.torch.files import fill, read_structured, read_tensors, save_structured
 
 __all__ = ["build_of", "load_model", "make_timm", "save_model"]

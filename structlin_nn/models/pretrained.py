@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structlin_nn.models.transformer import GPT2, GPT2Config
+from structlin_nn.models.networks import GPT2, GPT2Config
 from structlin_nn.torch.files import check_entries, read_tensors
 
 __all__ = ["load_gpt2"]

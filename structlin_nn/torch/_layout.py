@@ -30,7 +30,7 @@ from structlin_nn.torch._modules import (
     sizes_of,
     structured_kind,
 )
-from structlin_nn.torch._text import from_text, to_text
+from structlin_nn.torch._operator import from_text, to_text
 from structlin_nn.torch.experts import ExpertLinear
 from structlin_nn.torch.linear import StructuredLinear
 from structlin_nn.torch.replace import _check_is_called, _switch_off_fast_paths

@@ -15,8 +15,7 @@ import structlin
 from structlin.projection import Problem, Settings, Solution, solve
 from structlin.structure import AbstractStructure
 from structlin_nn.torch._modules import is_conv1d, linear_sizes, num_experts, structured_kind
-from structlin_nn.torch._project_budget import allocate
-from structlin_nn.torch._project_curve import Forms, saves
+from structlin_nn.torch._project_curve import Forms, allocate, saves
 from structlin_nn.torch._project_report import LayerProjection
 from structlin_nn.torch.linear import StructuredLinear
 

@@ -19,10 +19,9 @@ from structlin.execution.torch_cuda import node_tokens
 from structlin.execution.torch_ways import torch_chain
 from structlin.structure import AbstractStructure, Structure
 from structlin_nn._layer import PlannedLayer, plan_layer
-from structlin_nn.torch._operator import chain
+from structlin_nn.torch._operator import chain, to_text
 from structlin_nn.torch._script import Scriptable
 from structlin_nn.torch._step_check import watch
-from structlin_nn.torch._text import to_text
 
 __all__ = ["FactorList", "StructuredLinear", "fill", "values"]
 
@@ -218,25 +217,19 @@ class StructuredLinear(PlannedLayer, Scriptable):
         watch(self)  # copies too
 
     @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(self) -> None:
         """Initialise the factors (index factors with random permutations), the bias with 0 and the gains with 1.
 
         Parameters that are sharded over processes (``fully_shard``) get the values that a single process would draw.
-        All processes must call this method with the same seed.
-
-        Parameters
-        ----------
-        generator
-            Generator on the device of the parameters. Default: the global generator of torch, whose seed
-            ``torch.manual_seed`` sets.
+        The values are drawn from the global generator of torch. All processes must call this method with the same seed.
         """
         factors = iter(self.factors)
         for number, (spec, std) in enumerate(zip(self.structure.factors, self.init_std, strict=True)):
             if spec.trainable:
-                fill(next(factors), std, generator)
+                fill(next(factors), std)
             elif not (index := self.get_buffer(f"index{number}")).is_meta:
                 for one in index.view(-1, spec.numel):
-                    one.copy_(torch.randperm(spec.numel, generator=generator, device=index.device))
+                    one.copy_(torch.randperm(spec.numel, device=index.device))
         for gain in self.gains or ():
             gain.fill_(1.0)
         if self.bias is not None:
@@ -377,7 +370,7 @@ def cast_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if x.dtype in _CAST else x
 
 
-def fill(parameter: Tensor, std: float, generator: torch.Generator | None) -> None:
+def fill(parameter: Tensor, std: float) -> None:
     """Fill a tensor in place with normal numbers of deviation ``std``, or zeros if it is 0.
 
     For a sharded parameter (a DTensor) each process draws the whole tensor, and keeps its shard of the values of the
@@ -388,8 +381,8 @@ def fill(parameter: Tensor, std: float, generator: torch.Generator | None) -> No
         return
     sharded = sys.modules.get("torch.distributed.tensor")
     if sharded is None or not isinstance(parameter, sharded.DTensor) or parameter.is_meta:
-        parameter.normal_(0, std, generator=generator)
+        parameter.normal_(0, std)
         return
     whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.to_local().device)
-    whole.normal_(0, std, generator=generator)
+    whole.normal_(0, std)
     parameter.copy_(sharded.distribute_tensor(whole, parameter.device_mesh, parameter.placements))

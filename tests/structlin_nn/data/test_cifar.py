@@ -33,12 +33,8 @@ def test_every_form_at_every_place(tmp_path, layouts, name, number):
         assert data.num_classes == {"cifar10": 10, "cifar100": 100}[name]
 
 
-def test_root_by_environment(tmp_path, layouts, monkeypatch):
-    layouts("cifar10", 0).folder(tmp_path)
-    monkeypatch.setenv("STRUCTLIN_CIFAR10", str(tmp_path))
-    assert load_images("cifar10").name == "cifar10"
-    monkeypatch.delenv("STRUCTLIN_CIFAR10")
-    with pytest.raises(FileNotFoundError, match="STRUCTLIN_CIFAR10"):
+def test_no_root():
+    with pytest.raises(FileNotFoundError, match="no place given for cifar10"):
         load_images("cifar10")
 
 
