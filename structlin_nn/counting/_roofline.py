@@ -7,48 +7,31 @@ operation takes at least its FLOPs over the peak rate, and at least its bytes ov
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass
 
 from structlin.execution.devices import DEVICES, Device
+from structlin.execution.rates import least_seconds
 from structlin_nn.counting._memory import itemsize, states_of
 from structlin_nn.torch.counting import ModelCount
 
 
-def measure_cpu(dtype: str = "float32", seconds: float = 0.3) -> Device:
+def measure_cpu(dtype: str = "float32") -> Device:
     """Measure this CPU with torch's threads, by a product of 1024 x 1024 matrices and a copy of 64 MiB.
 
-    Each is repeated for half of ``seconds``, and the least time counts. ValueError for an unknown dtype, a dtype of one
-    byte, or a time that is not positive.
+    The least time of some repetitions counts. ValueError for an unknown dtype, or a dtype of one byte.
     """
     import torch
 
     if itemsize(dtype) == 1:
         raise ValueError(f"a CPU can be measured in float64, float32, bfloat16 or float16, got {dtype}")
-    if not seconds > 0:
-        raise ValueError(f"seconds must be positive, got {seconds}")
-    kind = getattr(torch, dtype)
-    a, b = torch.ones(2, 1024, 1024, dtype=kind)
+    a, b = torch.ones(2, 1024, 1024, dtype=getattr(torch, dtype))
     out = torch.empty_like(a)
     source, target = torch.ones(2, 1 << 24, dtype=torch.float32)
-    product = _best(lambda: torch.mm(a, b, out=out), seconds / 2)
-    copy = _best(lambda: target.copy_(source), seconds / 2)
+    product = least_seconds(lambda: torch.mm(a, b, out=out))
+    copy = least_seconds(lambda: target.copy_(source))
     threads = torch.get_num_threads()
     name = f"this CPU, {threads} thread{'s' if threads > 1 else ''} on {os.cpu_count()} cores"
     return Device(name, {dtype: 2 * 1024**3 / product}, 2 * 4 * (1 << 24) / copy, None, "measured now")
-
-
-def _best(call: object, seconds: float) -> float:
-    assert callable(call)
-    call()
-    best, end = float("inf"), time.perf_counter() + seconds
-    while True:
-        start = time.perf_counter()
-        call()
-        now = time.perf_counter()
-        best = min(best, now - start)
-        if now > end:
-            return best
 
 
 def device(name: str, dtype: str = "float32") -> Device:

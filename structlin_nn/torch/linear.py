@@ -217,19 +217,25 @@ class StructuredLinear(PlannedLayer, Scriptable):
         watch(self)  # copies too
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialise the factors (index factors with random permutations), the bias with 0 and the gains with 1.
 
         Parameters that are sharded over processes (``fully_shard``) get the values that a single process would draw.
-        The values are drawn from the global generator of torch. All processes must call this method with the same seed.
+        All processes must call this method with the same seed.
+
+        Parameters
+        ----------
+        generator
+            Generator on the device of the parameters. Default: the global generator of torch, whose seed
+            ``torch.manual_seed`` sets.
         """
         factors = iter(self.factors)
         for number, (spec, std) in enumerate(zip(self.structure.factors, self.init_std, strict=True)):
             if spec.trainable:
-                fill(next(factors), std)
+                fill(next(factors), std, generator)
             elif not (index := self.get_buffer(f"index{number}")).is_meta:
                 for one in index.view(-1, spec.numel):
-                    one.copy_(torch.randperm(spec.numel, device=index.device))
+                    one.copy_(torch.randperm(spec.numel, generator=generator, device=index.device))
         for gain in self.gains or ():
             gain.fill_(1.0)
         if self.bias is not None:
@@ -370,7 +376,7 @@ def cast_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if x.dtype in _CAST else x
 
 
-def fill(parameter: Tensor, std: float) -> None:
+def fill(parameter: Tensor, std: float, generator: torch.Generator | None) -> None:
     """Fill a tensor in place with normal numbers of deviation ``std``, or zeros if it is 0.
 
     For a sharded parameter (a DTensor) each process draws the whole tensor, and keeps its shard of the values of the
@@ -381,8 +387,8 @@ def fill(parameter: Tensor, std: float) -> None:
         return
     sharded = sys.modules.get("torch.distributed.tensor")
     if sharded is None or not isinstance(parameter, sharded.DTensor) or parameter.is_meta:
-        parameter.normal_(0, std)
+        parameter.normal_(0, std, generator=generator)
         return
     whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.to_local().device)
-    whole.normal_(0, std)
+    whole.normal_(0, std, generator=generator)
     parameter.copy_(sharded.distribute_tensor(whole, parameter.device_mesh, parameter.placements))

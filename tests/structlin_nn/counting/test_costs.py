@@ -151,12 +151,10 @@ class TestRoofline:
 
     def test_this_cpu(self) -> None:
         """Some three numbers that any machine of this century has."""
-        found = measure_cpu("float32", seconds=0.05)
+        found = measure_cpu("float32")
         assert 1e8 < found.rate("float32") < 1e15
         assert 1e8 < found.bandwidth < 1e13
         assert found.source == "measured now"
-        with pytest.raises(ValueError, match="seconds must be positive, got 0"):
-            measure_cpu(seconds=0)
         with pytest.raises(ValueError, match="unknown dtype 'int4'"):
             measure_cpu("int4")
         with pytest.raises(ValueError, match="in float64, float32, bfloat16 or float16, got int8"):

@@ -310,11 +310,9 @@ def test_seed_reproduces(name, shape, options):
 def test_generator_is_the_only_source_of_randomness():
     layer = StructuredLinear(6, 35, structure="block_tensor_train")
     before = torch.get_rng_state()
-    torch.manual_seed(3)
-    layer.reset_parameters()
+    layer.reset_parameters(torch.Generator().manual_seed(3))
     first = copy.deepcopy(layer.state_dict())
-    torch.manual_seed(3)
-    layer.reset_parameters()
+    layer.reset_parameters(torch.Generator().manual_seed(3))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(first[key], value) for key, value in layer.state_dict().items())
 
