@@ -18,7 +18,7 @@ from structlin.execution.devices import Device
 from structlin.planning import largest_within
 from structlin.registry import design
 from structlin_nn.counting import ModelCount, count, roofline, training_bytes
-from structlin_nn.counting._memory import itemsize, states_of
+from structlin_nn.counting._costs import itemsize, states_of
 from structlin_nn.counting._named import loss_of
 from structlin_nn.models import MODELS, StructureConfig, build_model
 from structlin_nn.models.named import own_function, parts_of, set_structure

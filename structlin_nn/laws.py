@@ -206,7 +206,7 @@ def fitted_record(
     if reference in left_out:
         raise ValueError(f"{reference} cannot be fitted: {left_out[reference]}")
     reference = reference or default_reference(laws)
-    at = {"error": error, "confidence": confidence}
+    at: dict[str, Any] = {"error": error, "confidence": confidence}
     record = laws_record(laws, x, y, reference=reference, **at) | {"left_out": left_out}
     if reference and x != TIME and all(row.get(TIME) for rows in groups.values() for row in rows):
         try:
@@ -226,7 +226,7 @@ def default_reference(laws: Mapping[str, Any]) -> str | None:
 
 # Records as tables: the head, and the rows as text.
 
-Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+Table = tuple[tuple[str, ...], Sequence[tuple[str, ...]]]
 
 
 def laws_table(record: Mapping[str, Any], floor: bool) -> Table:

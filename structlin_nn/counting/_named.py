@@ -11,9 +11,8 @@ from structlin.execution.choice import Problem
 from structlin.execution.devices import Device
 from structlin.structure import Structure
 from structlin_nn._text import check_integer, table
-from structlin_nn.counting._memory import count_loss, training_bytes
-from structlin_nn.counting._roofline import device as find_device
-from structlin_nn.counting._roofline import roofline
+from structlin_nn.counting._costs import count_loss, roofline, training_bytes
+from structlin_nn.counting._costs import device as find_device
 from structlin_nn.models import GPT2, MLP, MODELS, StructureConfig, ViT, base_model, build_model
 from structlin_nn.torch import StructuredLinear, parameter_groups
 from structlin_nn.torch.counting import CallCount, ModelCount, count

@@ -1,7 +1,6 @@
 """Structured layers for flax.nnx: the layer, its replacement in models, learning rates and counts."""
 
-from structlin_nn.flax._primitives import register_no_product, register_primitive
-from structlin_nn.flax.counting import JaxCount, UnknownPrimitiveError, count
+from structlin_nn.flax.counting import JaxCount, UnknownPrimitiveError, count, register_no_product, register_primitive
 from structlin_nn.flax.linear import Index, StructuredLinear
 from structlin_nn.flax.rates import ParameterRates, ParameterRule, optimizer_for, parameter_rates, scale_by_rates
 from structlin_nn.flax.replace import Replacement, ReplacementReport, replace_linear, to_dense_linear

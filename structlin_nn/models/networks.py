@@ -205,7 +205,7 @@ class ViT(ViTParts, ImageModel):
 class GPT2Config:
     """Sizes of a :class:`GPT2`. ``context`` is the number of positions; ``head_dim`` None: width // heads.
 
-    The rest turns the paper's model into the published GPT-2 (:mod:`structlin_nn.models.pretrained`): ``qk_norm``
+    The rest turns the paper's model into the published GPT-2 (:mod:`structlin_nn.models.files`): ``qk_norm``
     normalises queries and keys; ``attention_scale`` is the factor on the attention logits, None for 8 / head_dim;
     ``bias`` gives every linear layer (but the head) and every LayerNorm a bias; ``tied`` takes the token embedding
     for the head, which then is neither structured nor zero at initialisation; ``gelu`` is ``none`` (exact) or
