@@ -192,8 +192,8 @@ def load_gpt2(
 ) -> GPT2:  # fmt: skip
     """GPT-2 as published, with the weights of transformers: the logits are the same up to rounding.
 
-    The files need neither transformers nor pickles. Source of the format: transformers' `GPT2LMHeadModel`; of the model:
-    Radford et al., Language Models are Unsupervised Multitask Learners, 2019.
+    The files need neither transformers nor pickles. Source of the format: transformers' `GPT2LMHeadModel`; of the
+    model: Radford et al., Language Models are Unsupervised Multitask Learners, 2019.
 
     Parameters
     ----------
