@@ -110,7 +110,8 @@ class RunConfig:
     structure_aware: bool = True  # learning rates by structure; False: those of dense layers (naive)
     batch_size: int = 256  # samples of a step, of all processes and parts together
     lr: float = 3e-3  # learning rate of the dense model at base width
-    final_lr: float = 0.0  # where the cosine ends, as a share of the learning rate; 1 for a constant rate
+    schedule: Literal["cosine", "constant"] = "cosine"  # learning rate after the warm-up
+    final_lr: float = 0.0  # final share of the learning rate of the cosine
     optimizer: Literal["adam", "adamw", "muon"] = "adam"  # muon: Muon for matrices, AdamW at adam_lr for the rest
     adam_lr: float = 0.0  # with muon: learning rate of AdamW
     weight_decay: float = 0.0  # decoupled decay of factors and weights, for adamw and muon
@@ -188,6 +189,8 @@ class RunConfig:
         require(decays or not self.weight_decay, f"weight_decay={self.weight_decay} needs optimizer='adamw' or 'muon'")
         require(decays or not self.independent_decay, "independent_decay needs optimizer='adamw' or 'muon'")
         require((self.optimizer == "muon") == (self.adam_lr > 0), "adam_lr and optimizer='muon' must be given together")
+        ends = self.schedule == "cosine" or not self.final_lr
+        require(ends, f"final_lr={self.final_lr} is the end of a cosine; leave it out for schedule='constant'")
 
     def _at_least(self, least: int, *names: str) -> None:
         for name in names:

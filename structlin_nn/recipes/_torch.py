@@ -172,12 +172,14 @@ class Steps(Run):
     def share(self, step: int) -> float:
         """Return the share of the learning rate that step number `step` (from 0) takes.
 
-        The warm-up rises linearly and reaches 1 at step `warmup`; from there on the share is
+        The warm-up rises linearly and reaches 1 at step `warmup`; from there on the share is 1 (``constant``), or
         ``final_lr + (1 - final_lr) (1 + cos(pi t)) / 2`` with t rising from 0 to 1 at `steps`, a step that is never
         taken (Loshchilov, Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, ICLR 2017, equation 5).
         """
         if step < self.warmup:
             return (step + 1) / (self.warmup + 1)
+        if self.config.schedule == "constant":
+            return 1.0
         fallen = (1 + math.cos(math.pi * (step - self.warmup) / (self.steps - self.warmup))) / 2
         return fallen if self.config.final_lr == 0 else self.config.final_lr + (1 - self.config.final_lr) * fallen
 

@@ -37,6 +37,7 @@ class TestStrictness:
             ({"structure": "monach"}, "unknown structure 'monach', did you mean monarch"),
             ({"layers": "most"}, "unknown layers 'most'"),
             ({"weight_decay": 0.1}, "needs optimizer='adamw'"),
+            ({"schedule": "constant", "final_lr": 0.1}, "is the end of a cosine"),
             ({"device": "gpu"}, "device must be cpu, cuda or cuda:N, got 'gpu'"),
             ({"ema": 1.0}, "ema must be from 0 to below 1"),
             ({"model": "cifar-vit", "bias": False}, "bias=False is for cifar-mlp"),
@@ -161,7 +162,7 @@ class TestOverrides:
     [
         ({}, [1 / 3, 2 / 3, 1, 0.853553, 0.5, 0.146447]),
         ({"final_lr": 0.1}, [1 / 3, 2 / 3, 1, 0.868198, 0.55, 0.231802]),
-        ({"final_lr": 1.0}, [1 / 3, 2 / 3, 1, 1, 1, 1]),
+        ({"schedule": "constant"}, [1 / 3, 2 / 3, 1, 1, 1, 1]),
     ],
 )
 def test_shares_of_the_learning_rate(changes: dict[str, Any], shares: list[float]) -> None:

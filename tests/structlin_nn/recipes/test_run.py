@@ -297,7 +297,7 @@ class TestCheckpoints:
             train(config, replace(options, resume=True))
 
     def test_last_ones_and_the_best(self, config: Config, options: Options) -> None:
-        config = config.replace(epochs=6, eval_every=1, lr=0.1, final_lr=1.0)
+        config = config.replace(epochs=6, eval_every=1, lr=0.1, schedule="constant")
         result = train(config, replace(options, keep=2, keep_best=True))
         errors = {line["step"]: line["test_error"] for line in read_record(result.record).evaluations}
         best = min(errors, key=lambda step: errors[step])
