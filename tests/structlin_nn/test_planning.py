@@ -330,7 +330,7 @@ def test_structures_as_text() -> None:
         ({"rank": [1, 2]}, "structure 'dense' has no option 'rank' to choose"),
         ({"structure": "low_rank", "rank": []}, "there is no rank to choose from"),
         ({"structure": "low_rank", "rank": [0]}, r"rank must be a positive integer, or several, got \[0\]"),
-        ({"width": [64, 128], "multiple_of": 2}, "are for widths that are searched"),
+        ({"width": [64, 128], "multiple_of": 2}, "is for widths that are searched"),
         ({"name": "nowhere:model"}, "nowhere:model cannot be imported"),
         ({"name": "math:pi"}, "math:pi must be a function of a width"),
         ({"name": "math:sqrt", "depth": None, "heads": 2}, "'heads' is a size of named models"),
