@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from structlin_nn.data import ImageDataset, cifar, load_images
+from structlin_nn.data import ImageDataset, images, load_images
 
 FORMS = [(name, number) for name in ("cifar10", "cifar100") for number in (0, 1)]
 
@@ -83,7 +83,7 @@ def test_no_pickle_is_loaded_that_is_not_the_official_one(tmp_path, layouts, mon
 def test_the_unpickler_knows_arrays_alone(raw, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="which no image file needs"):
-        cifar._Unpickler(io.BytesIO(raw)).load()
+        images._Unpickler(io.BytesIO(raw)).load()
     assert not Path("was_run").exists()
 
 
