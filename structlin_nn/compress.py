@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ __all__ = ["CALIBRATION", "CompressionData", "compress", "costs", "open_data"]
 CALIBRATION = {"cifar": 2000, "imagenet": 500, "gpt2": 32}
 """Default numbers of training samples (images, sequences)."""
 EVALUATION_SEQUENCES = 64
-SEED = 0  # of the samples for calibration
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class CompressionData:
 
 def open_data(
     trained: TrainedModel, root: str | os.PathLike[str] | None = None, *, data_set: str | None = None,
-    verify: bool = True, context: int | None = None, device: str = "cpu",
+    verify: bool = True, context: int | None = None, device: str = "cpu", seed: int = 0,
 ) -> CompressionData:  # fmt: skip
     """Return the data of the pipeline that a model belongs to.
 
@@ -63,6 +63,8 @@ def open_data(
         Tokens in a sequence; None: as many as GPT-2 takes.
     device
         Device of the batches.
+    seed
+        Seed of the drawn samples.
 
     Raises
     ------
@@ -75,10 +77,10 @@ def open_data(
     if data_set is not None and task != "cifar":
         raise ValueError(f"data_set is for models of 32 x 32 images, and {trained.name} is a model of {task}")
     if task == "cifar":
-        return _cifar(trained, root, data_set, verify, device)
+        return _cifar(trained, root, data_set, verify, device, seed)
     if root is None:
         raise ValueError(f"{trained.name} needs data: a folder as `structlin train {task}` takes it")
-    return _imagenet(trained, root, device) if task == "imagenet" else _gpt2(trained, root, context, device)
+    return _imagenet(trained, root, device, seed) if task == "imagenet" else _gpt2(trained, root, context, device, seed)
 
 
 def compress(
@@ -106,9 +108,14 @@ def compress(
 
 
 def costs(trained: TrainedModel) -> dict[str, int]:
-    """Return the parameters of a model, and the MACs and attention MACs of one sample."""
-    device = next(trained.model.parameters()).device
-    counted = count(trained.model, trained.example_input(str(device)), backward=False)
+    """Return the parameters of a model, and the MACs and attention MACs of one sample, counted on the meta device."""
+    held = [*trained.model.parameters(), *trained.model.buffers()]
+    twins: dict[int, Any] = {}
+    for tensor in held:
+        meta = tensor.detach().to("meta")
+        twins[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+    twin = replace(trained, model=copy.deepcopy(trained.model, twins))
+    counted = count(twin.model, twin.example_input())
     return {"params": counted.params, "forward_macs": counted.macs(), "attention_macs": counted.macs("attention")}
 
 
@@ -125,7 +132,7 @@ def _structure_again(model: nn.Module) -> None:
 
 
 def _cifar(
-    trained: TrainedModel, root: Any, data_set: str | None, verify: bool, device: str
+    trained: TrainedModel, root: Any, data_set: str | None, verify: bool, device: str, seed: int
 ) -> CompressionData:  # fmt: skip
     from structlin_nn.data import epoch_order, load_images
     from structlin_nn.data.augment import normalize
@@ -141,7 +148,7 @@ def _cifar(
     images, test, labels = (
         torch.from_numpy(part).to(device) for part in (data.train_images, data.test_images, data.test_labels)
     )
-    order = torch.from_numpy(epoch_order(SEED, 0, len(images)))
+    order = torch.from_numpy(epoch_order(seed, 0, len(images)))
 
     def samples(number: int) -> Iterator[Tensor]:
         for chosen in order[:number].split(500):
@@ -155,7 +162,7 @@ def _cifar(
     return CompressionData(about, samples, quality)
 
 
-def _imagenet(trained: TrainedModel, root: Any, device: str) -> CompressionData:
+def _imagenet(trained: TrainedModel, root: Any, device: str, seed: int) -> CompressionData:
     from structlin_nn.data.imagenet import ImageRecipe, open_imagenet
     from structlin_nn.recipes.imagenet import normalized, validated
 
@@ -164,7 +171,7 @@ def _imagenet(trained: TrainedModel, root: Any, device: str) -> CompressionData:
     batch = min(32, data.train_size)
 
     def samples(number: int) -> Iterator[Tensor]:
-        batches = data.train_batches(batch_size=batch, seed=SEED, recipe=ImageRecipe.plain(size))
+        batches = data.train_batches(batch_size=batch, seed=seed, recipe=ImageRecipe.plain(size))
         return _first(number, (trained.rescaled(normalized(images, device)) for images, _, _ in batches))
 
     def quality(model: nn.Module, number: int | None) -> dict[str, float]:
@@ -176,7 +183,7 @@ def _imagenet(trained: TrainedModel, root: Any, device: str) -> CompressionData:
     return CompressionData(repr(data), samples, quality)
 
 
-def _gpt2(trained: TrainedModel, root: Any, context: int | None, device: str) -> CompressionData:
+def _gpt2(trained: TrainedModel, root: Any, context: int | None, device: str, seed: int) -> CompressionData:
     from structlin_nn.data.tokens import evaluation_batches, open_tokens, token_batch
     from structlin_nn.recipes.gpt2 import perplexity, token_loss
 
@@ -192,7 +199,7 @@ def _gpt2(trained: TrainedModel, root: Any, context: int | None, device: str) ->
         return ((torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)) for x, y in batches)
 
     def samples(number: int) -> Iterator[Tensor]:
-        make = {"block_size": length, "batch_size": 4, "seed": SEED}
+        make = {"block_size": length, "batch_size": 4, "seed": seed}
         pairs = on_device(token_batch(data.train, step=step, **make) for step in itertools.count())
         return _first(number, (inputs for inputs, _ in pairs))
 

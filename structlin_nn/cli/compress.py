@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(data, "--evaluate N", "test samples for evaluation, 0 for none (all images; 64 sequences)", kind=int)
     add(data, "--context N", "tokens in a sequence (the model's)", kind=int)
     add(data, "--damping D", "damping of the calibration", 0.01)
+    add(data, "--seed N", "seed of the drawn samples", 0)
     model = parser.add_argument_group("the model")
     add(model, "--weights FILE", "state dictionary of timm:NAME, .safetensors")
     add(model, "--num-classes N", "classes of timm:NAME (those of the weights)", kind=int)
@@ -78,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
     if out.exists() and not arguments.overwrite:
         raise FileExistsError(f"{out} exists already: add --overwrite to replace it, or choose another --out")
     common.check_folder("--out", str(out))
-    for name, value in common.given(arguments, ("calibrate", "evaluate")).items():
+    for name, value in common.given(arguments, ("calibrate", "evaluate", "seed")).items():
         if value < 0:
             raise ValueError(f"--{name} must be at least 0, got {value}")
     structlin.structure_class(arguments.structure)
@@ -107,13 +109,13 @@ def run(arguments: argparse.Namespace) -> None:
         damping=arguments.damping, rms_cap=arguments.rms_cap, **options,
     )  # fmt: skip
     seconds = time.perf_counter() - start
-    record: dict[str, Any] = {
+    record = {
         "source": trained.name, "structure": arguments.structure,
         "calibration_samples": 0 if calibration is None else sum(len(batch) for batch in calibration),
         "data": None if data is None else data.about, "before": before, "after": state(),
     }  # fmt: skip
     trained.model.to("cpu")
-    save_model(trained.model, out, build=trained.build)
+    save_model(trained.model, out, build=trained.build, metadata={"compress": json.dumps(record)})
     record |= {
         "build": trained.build, "seconds": round(seconds, 3), "file": str(out), "bytes": out.stat().st_size,
         "report": report.to_dict(),
@@ -135,7 +137,9 @@ def _data(arguments: argparse.Namespace, trained: Any, device: str) -> Any:
         return None
     if arguments.calibrate == 0 and arguments.evaluate == 0:
         return None
-    return open_data(trained, arguments.data, verify=not arguments.unverified, device=device, **wanted)
+    return open_data(
+        trained, arguments.data, verify=not arguments.unverified, device=device, seed=arguments.seed, **wanted
+    )
 
 
 _SHOWN = {

@@ -29,7 +29,10 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 TIMM_OPTIONS = ("num_classes", "img_size")
 
 
-def save_model(model: nn.Module, path: str | os.PathLike[str], *, build: Mapping[str, Any] | None = None) -> None:
+def save_model(
+    model: nn.Module, path: str | os.PathLike[str], *, build: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
     """Write a model with its replaced layers to a .safetensors file for :func:`load_model`.
 
     Parameters
@@ -41,6 +44,8 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], *, build: Mapping
     build
         Construction of a model that is not of this package, as in :mod:`structlin_nn.models.files`. ValueError for one
         that :func:`load_model` cannot build, TypeError if it is missing.
+    metadata
+        Further strings for the metadata of the file.
 
     Examples
     --------
@@ -55,7 +60,7 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], *, build: Mapping
     """
     build = build_of(model) if build is None else dict(build)
     _check(build)
-    save_structured(model, path, build=build)
+    save_structured(model, path, build=build, metadata=metadata)
 
 
 def load_model(

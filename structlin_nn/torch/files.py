@@ -57,6 +57,8 @@ class StructuredFile:
         Shape of each tensor, by name.
     dtypes
         Dtype of each tensor, by name, in the notation of safetensors: ``F32``, ``BF16``, ...
+    metadata
+        Further entries of the metadata, strings.
     """
 
     layers: list[dict[str, Any]]
@@ -66,6 +68,7 @@ class StructuredFile:
     build: dict[str, Any] | None
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
+    metadata: dict[str, str]
 
     @property
     def layout(self) -> dict[str, Any]:
@@ -78,6 +81,7 @@ def save_structured(
     path: str | os.PathLike[str],
     *,
     build: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a model with structured layers to a .safetensors file.
 
@@ -92,6 +96,8 @@ def save_structured(
     build
         Description from which the model can be built. :func:`structlin_nn.models.save_model` creates it for the models
         of this package.
+    metadata
+        Further entries for the metadata of the file.
 
     Raises
     ------
@@ -111,6 +117,10 @@ def save_structured(
     (2, True)
     """
     path = _named(path)
+    extra = dict(metadata or {})
+    for key, value in extra.items():
+        if not isinstance(key, str) or not isinstance(value, str) or key in ("format", KEY):
+            raise ValueError(f"metadata must be strings with keys other than format and {KEY}, got {key!r}: {value!r}")
     layout = layout_of(model)
     if not layout["layers"] and build is None:
         raise ValueError("the model has no structured layers; use safetensors.torch.save_model")
@@ -127,7 +137,7 @@ def save_structured(
     from safetensors.torch import save
 
     try:
-        content = save(tensors, {"format": "pt", KEY: text})
+        content = save(tensors, {**extra, "format": "pt", KEY: text})
     except (KeyError, ValueError, SafetensorError) as error:
         raise ValueError(f"safetensors cannot represent the model: {error}") from error
     with atomic_write(path) as file:
@@ -145,7 +155,8 @@ def read_structured(path: str | os.PathLike[str]) -> StructuredFile:
     """
     path = _named(path)
     found = _header(path)
-    text = found["metadata"].get(KEY)
+    text = found["metadata"].pop(KEY, None)
+    found["metadata"].pop("format", None)
     if text is None:
         raise PlainFileError(f"{path} does not describe structured layers; save_structured did not write it")
     try:
@@ -167,11 +178,14 @@ def read_structured(path: str | os.PathLike[str]) -> StructuredFile:
     except (RecursionError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     return StructuredFile(
-        described["layers"], described["linear"], aliases, sha, build, found["shapes"], found["dtypes"]
-    )
+        described["layers"], described["linear"], aliases, sha, build, found["shapes"], found["dtypes"],
+        found["metadata"],
+    )  # fmt: skip
 
 
-def load_structured(model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str]) -> nn.Module:
+def load_structured(
+    model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str], *, verify: bool = True
+) -> nn.Module:
     """Load the structured layers and the values of a file into a model.
 
     The layers of ``model`` are replaced by those of the file: ``nn.Linear`` and Conv1D layers by structured ones, and
@@ -185,6 +199,8 @@ def load_structured(model: nn.Module | Callable[[], nn.Module], path: str | os.P
         Model of the same architecture as the saved one, with dense or structured layers; or a function that builds it.
     path
         Path of a file of :func:`save_structured`.
+    verify
+        Compare the checksum of the tensors.
 
     Raises
     ------
@@ -200,7 +216,7 @@ def load_structured(model: nn.Module | Callable[[], nn.Module], path: str | os.P
             raise TypeError(f"the function must return a torch.nn.Module, got {model!r}")
     found = read_structured(path)
     try:
-        return fill(model, found, read_tensors(path, found.sha256))
+        return fill(model, found, read_tensors(path, found.sha256 if verify else None))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

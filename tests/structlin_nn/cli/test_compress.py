@@ -77,6 +77,9 @@ def test_a_run(trained: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> 
     last = read_record(trained / "record.jsonl").evaluations[-1]
     assert found["before"]["quality"]["test_error"] == last["test_error"]
     assert found["after"]["quality"]["test_error"] < last["test_error"] + 0.1
+    said = json.loads(read_structured(out).metadata["compress"])
+    assert said["after"]["quality"] == found["after"]["quality"]
+    assert str(trained.parent) not in json.dumps(said)
 
 
 def test_table(trained: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,7 +62,7 @@ def saved(path: Path) -> tuple[nn.Module, Path]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    save_structured(model, path)
+    save_structured(model, path, metadata={"note": "a test"})
     return model, path
 
 
@@ -136,6 +136,7 @@ class TestRoundTrip:
         assert tensors.keys() == model.state_dict().keys()
         assert all(torch.equal(tensors[name], value) for name, value in model.state_dict().items())
         found = read_structured(path)
+        assert found.metadata == {"note": "a test"}
         assert [form["names"] for form in found.layers] == [["0"]]
         assert found.linear == ["3"]
         assert found.build is None
@@ -272,6 +273,7 @@ class TestRefused:
         broken.write_bytes(bytes(flipped))
         with pytest.raises(ValueError, match="the checksum of its tensors differs"):
             load_structured(dense(), broken)
+        assert isinstance(load_structured(dense(), broken, verify=False)[0], StructuredLinear)
         with pytest.raises(FileNotFoundError, match="missing"):
             load_structured(dense(), tmp_path / "none.safetensors")
         (tmp_path / "model.pt").write_bytes(raw)
@@ -315,6 +317,8 @@ class TestRefused:
             (layer, {}, "put it in a container"),
             (dense(), {}, "no structured layers"),
             (nn.Sequential(StructuredLinear(12, 20, device="meta")), {}, "on the meta device"),
+            (nn.Sequential(layer), {"metadata": {"format": "x"}}, "with keys other than format"),
+            (nn.Sequential(layer), {"metadata": {"a": 3}}, "strings"),
             (nn.Sequential(layer), {"build": {"a": {3}}}, "JSON"),
         ]  # fmt: skip
         for model, options, message in cases:
