@@ -3,7 +3,7 @@
     python benchmarks/attention.py --out attention
     python benchmarks/attention.py --dtype float32 --tokens 50 256
 
-`structlin_nn.models.transformer.attend` chooses between the two. The result has the milliseconds of the fused kernel
+`structlin_nn.models.networks.attend` chooses between the two. The result has the milliseconds of the fused kernel
 and the speed-up of the products, as medians over rounds in which both run in turn. A batch has about 1024 tokens.
 """
 
@@ -18,7 +18,7 @@ from _measure import aligned, describe, machine, ratio, result_path, timings, wr
 from torch import Tensor
 from torch.nn import functional as F
 
-from structlin_nn.models.transformer import attend_by_products
+from structlin_nn.models.networks import attend_by_products
 
 HEADS, HEAD_DIM = 12, 64
 

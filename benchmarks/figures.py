@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from structlin_nn.cli import main as structlin
+from structlin_nn.figures.compute import demo_figure
 from structlin_nn.figures.style import save
-from structlin_nn.plots import demo_figure
 
 DEMO = Path(__file__).resolve().parent / "results" / "demo.json"
 RECORDS = Path(__file__).resolve().parent / "records"

@@ -54,8 +54,7 @@ from torch.nn import functional as F
 from structlin import execution
 from structlin.execution import choice
 from structlin_nn.models.factory import StructureConfig
-from structlin_nn.models.mlp import MLP, MLPConfig
-from structlin_nn.models.transformer import GPT2, GPT2Config, ViT, ViTConfig
+from structlin_nn.models.networks import GPT2, MLP, GPT2Config, MLPConfig, ViT, ViTConfig
 from structlin_nn.torch import StructuredLinear, count, parameter_groups, replace_linear
 
 DENSE = StructureConfig()

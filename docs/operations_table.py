@@ -15,7 +15,7 @@ import torch
 from generated import Generated
 from jax._src.interpreters import ad, mlir
 
-from structlin_nn.flax import _primitives
+from structlin_nn.flax import counting
 from structlin_nn.torch.counting import classify_name, operation_names
 
 TITLES = {
@@ -57,7 +57,7 @@ def made() -> str:
     ours = [name for name in primitives() if "structlin" not in name]
     lines = [f"Of {versions()}.", ""]
     lines += lists(aten, "torch: `aten`", {name: classify_name(name) for name in aten})
-    lines += lists(ours, "jax", {name: _primitives.classify(name) for name in ours})
+    lines += lists(ours, "jax", {name: counting.classify(name) for name in ours})
     return "\n".join(lines).rstrip()
 
 

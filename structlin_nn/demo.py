@@ -95,8 +95,8 @@ def demo(
     ValueError, RuntimeError
         Runs in `folder` with another configuration; a run that failed.
     """
+    from structlin_nn.figures.compute import demo_figure
     from structlin_nn.figures.style import save
-    from structlin_nn.plots import demo_figure
 
     folder, configs = Path(folder), configurations(seed, quick)
     left = {

@@ -10,8 +10,7 @@ from typing import Any
 
 from structlin.planning import check_budget
 from structlin.scaling_laws import LossLaw, PowerLaw
-from structlin_nn._planned import Choice, Costs
-from structlin_nn._widths import WIDEST, nth_width, number_of_factors
+from structlin_nn._planned import WIDEST, Choice, Costs, nth_width, number_of_factors
 from structlin_nn.counting import Device
 from structlin_nn.counting import device as find_device
 from structlin_nn.planning import parse_structure, plan_model, plan_of
@@ -96,7 +95,7 @@ def plan_by_law(
     ----------
     laws
         A record of ``structlin fit --size forward_macs --data samples --json``
-        (:func:`structlin_nn.size_laws.sizes_record`), or with the size ``params``; groups as for
+        (:func:`structlin_nn.laws.sizes_record`), or with the size ``params``; groups as for
         :func:`plan_for_error`.
     budget, resource
         Budget of the whole run: ``run_seconds`` on a device, by the roofline model, or ``training_flops``.

@@ -8,20 +8,30 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from structlin.scaling_laws import (
+    FLOPS,
+    TERMS,
     Bootstrap,
+    Envelope,
     Estimate,
+    IsoFlop,
+    LossBootstrap,
     PowerLawFit,
     compare_exponents,
     compute_multiplier,
+    fit_envelope,
+    fit_isoflop,
+    fit_loss_law,
     fit_power_law,
     interpolated_multiplier,
+    lacks_sizes,
 )
 from structlin.scaling_laws import pareto_frontier as frontier_of
-from structlin_nn.tables import Row, column
+from structlin_nn.tables import Row, by_run, column
 
-__all__ = ["GroupLaw", "compare_laws", "comparisons_record", "fit_groups", "laws_record"]
+__all__ = ["GroupLaw", "compare_laws", "fit_groups", "fitted_record", "laws_record"]
 
 Result = TypeVar("Result")
+TIME = "training_seconds"
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,6 @@ def fit_groups(
     floor: bool | float = False,
     loss: str = "soft_l1",
     samples: int = 1000,
-    seed: int = 0,
     method: str = "parametric",
     noise: float | None = None,
 ) -> tuple[dict[str, GroupLaw], dict[str, str]]:
@@ -72,7 +81,7 @@ def fit_groups(
         Fit only the points that no other point of the group beats.
     floor, loss
         Arguments of :func:`structlin.scaling_laws.fit_power_law`.
-    samples, seed, method, noise
+    samples, method, noise
         Arguments of the bootstrap (:class:`structlin.scaling_laws.Bootstrap`).
 
     Returns
@@ -96,7 +105,7 @@ def fit_groups(
         fit = fit_power_law(compute, error, floor=floor, loss=loss)
         drawn = None
         if len(compute) > fit.free_parameters or noise is not None:
-            drawn = fit.bootstrap(samples, seed=seed, method=method, noise=noise)
+            drawn = fit.bootstrap(samples, method=method, noise=noise)
         return GroupLaw(fit, drawn, len(rows))
 
     return for_each(groups, law)
@@ -183,9 +192,105 @@ def laws_record(
     return plain(record)
 
 
-def comparisons_record(compared: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the result of :func:`compare_laws` as values that ``json.dumps`` takes."""
-    return plain(compared)
+def fitted_record(
+    groups: Mapping[str, Sequence[Row]], x: str, y: str, *, reference: str | None = None, error: float | None = None,
+    confidence: float = 0.95, **fit: Any,
+) -> tuple[dict[str, GroupLaw], dict[str, Any]]:  # fmt: skip
+    """Fit groups, compare them with a reference, and if all rows have the seconds of training, by time too.
+
+    A `reference` of None is dense, if there is such a group among others. `fit` are arguments of :func:`fit_groups`,
+    and the others those of :func:`laws_record`. Returns the laws, and the record with the reasons of groups that are
+    ``left_out`` and with ``comparisons_by_time``. ValueError if no group, or not the reference, can be fitted.
+    """
+    laws, left_out = fit_groups(groups, x, y, **fit)
+    if reference in left_out:
+        raise ValueError(f"{reference} cannot be fitted: {left_out[reference]}")
+    reference = reference or default_reference(laws)
+    at: dict[str, Any] = {"error": error, "confidence": confidence}
+    record = laws_record(laws, x, y, reference=reference, **at) | {"left_out": left_out}
+    if reference and x != TIME and all(row.get(TIME) for rows in groups.values() for row in rows):
+        try:
+            by_time, without = fit_groups(groups, TIME, y, **fit)
+        except ValueError as problem:
+            by_time, without = {}, {"all groups": str(problem)}
+        left_out |= {f"{name} by time": reason for name, reason in without.items()}
+        if reference in by_time and (timed := compare_laws(by_time, reference, **at)):
+            record["comparisons_by_time"] = plain(timed)
+    return laws, record
+
+
+def default_reference(laws: Mapping[str, Any]) -> str | None:
+    """Return the group to compare with if none is given: dense, if there are others."""
+    return "dense" if "dense" in laws and len(laws) > 1 else None
+
+
+# Records as tables: the head, and the rows as text.
+
+Table = tuple[tuple[str, ...], Sequence[tuple[str, ...]]]
+
+
+def laws_table(record: Mapping[str, Any], floor: bool) -> Table:
+    """Return the laws of a record of :func:`laws_record`, with their irreducible errors if ``floor``."""
+    rows = []
+    for name, law in record["groups"].items():
+        used, points = law["fitted_points"], law["points"]
+        numbers = [value_text(law["exponent"], ".4f"), interval_text(law["exponent"]), value_text(law["coefficient"])]
+        numbers += [value_text(law["floor"])] * floor
+        rows.append((name, f"{used} of {points}" if used != points else f"{used}", *numbers, f"{law['r_squared']:.4f}"))
+    return ("group", "points", "alpha", "interval", "a", *["floor"] * floor, "R2"), rows
+
+
+def comparisons_table(compared: Mapping[str, Mapping[str, Any]], what: str) -> Table:
+    """Return the comparisons of a record; ``what`` is saved, compute or time."""
+    rows = []
+    for name, row in compared.items():
+        difference, law, points = row["exponent_difference"], row["multiplier"], row["interpolated"]
+        extrapolated = " extrapolated" if law and law["extrapolated"] else ""
+        rows.append(
+            (
+                name, value_text(difference, "+.4f"), interval_text(difference),
+                f"{(law or points)['error']:.4g}" if law or points else "-",
+                value_text(law, ".3g", f" x{extrapolated}"), interval_text(law), value_text(points, ".3g", " x"),
+                interval_text(points),
+            )
+        )  # fmt: skip
+    return ("group", "alpha", "interval", "at error", f"less {what} (law)", "interval", "(points)", "interval"), rows
+
+
+def sizes_table(record: Mapping[str, Any]) -> Table:
+    """Return the laws of a record of :func:`sizes_record`."""
+    rows = [
+        (name, str(law["points"]), *map(estimate_text, law["terms"].values()), estimate_text(law["allocation"]))
+        for name, law in record["groups"].items()
+    ]
+    return ("group", "points", *TERMS, "a of N_opt ~ C^a"), rows
+
+
+def multipliers_table(record: Mapping[str, Any]) -> Table:
+    """Return the comparison of a record of :func:`sizes_record` with its reference."""
+    rows = [
+        (name, f"{row['loss']:.4g}", value_text(row, ".3g", " x"), interval_text(row, ".3g"))
+        for name, row in record["multipliers"].items()
+    ]
+    return ("group", f"at {record['y']}", "less compute", "interval"), rows
+
+
+def value_text(estimate: Any, form: str = ".4g", unit: str = "") -> str:
+    """Return the value of an estimate of a record (:func:`plain`)."""
+    known = estimate and estimate["value"] is not None
+    return f"{float(estimate['value']):{form}}{unit}" if known else "-"
+
+
+def interval_text(estimate: Any, form: str = ".4g") -> str:
+    """Return the interval of an estimate of a record."""
+    if not estimate or estimate.get("low") is None:
+        return "-"
+    return f"[{float(estimate['low']):{form}}, {float(estimate['high']):{form}}]"
+
+
+def estimate_text(estimate: Any) -> str:
+    """Return the value of an estimate of a record, with its interval if it has one."""
+    return value_text(estimate) if estimate["low"] is None else f"{value_text(estimate)} {interval_text(estimate)}"
 
 
 def range_of(values: Any) -> list[float]:
@@ -211,3 +316,146 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return None if math.isnan(value) else value if math.isfinite(value) else str(value)
     return value
+
+
+SHARED = ("E", "B", "beta")
+
+
+def fit_sizes(
+    groups: Mapping[str, Sequence[Row]],
+    size: str,
+    data: str,
+    y: str,
+    *,
+    shared: Sequence[str] = SHARED,
+    samples: int = 1000,
+    method: str = "residuals",
+) -> tuple[LossBootstrap, dict[str, str]]:
+    """Fit ``L = E + A / N**alpha + B / D**beta`` to all groups at once (approach 3 of Hoffmann et al. 2022).
+
+    Parameters
+    ----------
+    groups
+        Rows by label (:func:`structlin_nn.tables.group_rows`).
+    size, data, y
+        Columns of N, D and L.
+    shared
+        Argument of :func:`structlin.scaling_laws.fit_loss_law`.
+    samples, method
+        Arguments of the bootstrap (:class:`structlin.scaling_laws.LossBootstrap`).
+
+    Returns
+    -------
+    tuple[LossBootstrap, dict[str, str]]
+        (bootstrap, left_out): the fit with its draws, and why groups are left out, by label. ValueError, with the
+        reasons, if no group can be fitted.
+    """
+    own = [term for term in TERMS if term not in shared] if len(groups) > 1 else list(TERMS)
+
+    def points(rows: Sequence[Row]) -> list[tuple[float, ...]]:
+        values = [column(rows, c) for c in (size, data, y)]
+        for c, numbers in zip((size, data, y), values, strict=True):
+            if min(numbers) <= 0:
+                raise ValueError(f"{c} must be positive, got {min(numbers):g}")
+        if lacking := lacks_sizes(values[0], values[1], own):
+            raise ValueError(lacking)
+        return list(zip(*values, strict=True))
+
+    found, left_out = for_each(groups, points)
+    labels, n, d, loss = zip(*((name, *point) for name, own in found.items() for point in own), strict=True)
+    fit = fit_loss_law(n, d, loss, groups=labels, shared=shared)
+    return fit.bootstrap(samples, method=method), left_out
+
+
+def multipliers(
+    drawn: LossBootstrap, reference: str, *, loss: float | None = None, flops: float = FLOPS, confidence: float = 0.95
+) -> dict[str, tuple[float, Estimate]]:
+    """Return, for every other group, the loss at which it is compared and how much less compute it needs.
+
+    `drawn` is a result of :func:`fit_sizes`. A `loss` of None is the lowest that points of both reach; `flops` are
+    those of training for each unit of N and of D. ValueError for an unknown reference, or a loss that neither law
+    reaches.
+    """
+    fit = drawn.fit
+    if reference not in fit.laws:
+        raise ValueError(f"there is no group {reference!r} to compare with; one of {', '.join(map(repr, fit.laws))}")
+    lowest = {name: float(fit.loss[fit.group == number].min()) for number, name in enumerate(fit.laws)}
+    found = {}
+    for name in fit.laws:
+        if name != reference:
+            at = max(lowest[name], lowest[reference]) if loss is None else loss
+            found[name] = at, drawn.multiplier(name, reference, loss=at, flops=flops, confidence=confidence)
+    return found
+
+
+def allocations(
+    groups: Mapping[str, Sequence[Row]],
+    size: str,
+    data: str,
+    y: str,
+    *,
+    approach: int,
+    budgets: Sequence[float] | None = None,
+    flops: float = FLOPS,
+) -> tuple[dict[str, Envelope | IsoFlop], dict[str, str]]:
+    """Return the best split of a budget for each group by approach 1 or 2 of Hoffmann et al. (2022).
+
+    Approach 1 is the envelope of the curves: rows are all evaluations, with the column ``record`` of their run.
+    Approach 2 is parabolas at equal compute, with `budgets`
+    (:func:`structlin.scaling_laws.fit_isoflop`). Other arguments and errors are those of :func:`fit_sizes` and
+    :func:`multipliers`.
+    """
+    if approach not in (1, 2):
+        raise ValueError(f"approach must be 1 or 2, got {approach}")
+
+    def best(rows: Sequence[Row]) -> Envelope | IsoFlop:
+        if approach == 1:
+            return fit_envelope(_curves(rows, size, data, y), flops=flops)
+        n, d, loss = (column(rows, c) for c in (size, data, y))
+        compute = [flops * a * b for a, b in zip(n, d, strict=True)]
+        return fit_isoflop(n, compute, loss, budgets=budgets, flops=flops)
+
+    return for_each(groups, best)
+
+
+def _curves(rows: Sequence[Row], size: str, data: str, y: str) -> list[tuple[float, list[float], list[float]]]:
+    curves = []
+    for lines in by_run(rows):
+        points = [p for p in zip(column(lines, data), column(lines, y), strict=True) if p[0] > 0]
+        if points:  # evaluations before the start have seen no data
+            curves.append((column(lines, size)[0], [p[0] for p in points], [p[1] for p in points]))
+    return curves
+
+
+def sizes_record(
+    drawn: LossBootstrap,
+    left_out: Mapping[str, str],
+    *,
+    columns: tuple[str, str, str],
+    budgets: Sequence[float] = (),
+    reference: str | None = None,
+    loss: float | None = None,
+    flops: float = FLOPS,
+    confidence: float = 0.95,
+) -> dict[str, Any]:
+    """Return the result of :func:`fit_sizes` as values that ``json.dumps`` takes (:func:`structlin_nn.laws.plain`)."""
+    fit, groups = drawn.fit, {}
+    common: dict[str, Any] = {"flops": flops, "confidence": confidence}
+    for number, name in enumerate(fit.laws):
+        own = fit.group == number
+        groups[name] = {
+            "points": int(own.sum()), "size_range": range_of(fit.params[own]), "data_range": range_of(fit.tokens[own]),
+            "terms": {term: drawn.term(term, name, confidence) for term in TERMS},
+            "optima": [{"compute": budget} | drawn.optimum(budget, name, **common) for budget in budgets],
+            "allocation": drawn.allocation(name, confidence),
+        }  # fmt: skip
+    record: dict[str, Any] = {
+        "size": columns[0], "data": columns[1], "y": columns[2], "shared": list(fit.shared), "delta": fit.delta,
+        **common, "method": drawn.method, "objective": fit.objective, "agreement": fit.agreement,
+        "notes": list(fit.notes), "left_out": dict(left_out), "groups": groups,
+    }  # fmt: skip
+    if reference is not None:
+        found = multipliers(drawn, reference, loss=loss, **common)
+        record["reference"] = reference
+        record["multipliers"] = {name: {"loss": at} | plain(value) for name, (at, value) in found.items()}
+    return plain(record)

@@ -9,21 +9,30 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import structlin
 from structlin.planning import check_budget
-from structlin_nn._planned import RESOURCES, Choice, Costs
+from structlin_nn._planned import (
+    RESOURCES,
+    WIDEST,
+    Choice,
+    Costs,
+    TooLargeError,
+    largest_rank,
+    number_of_factors,
+    widest,
+    widest_of,
+)
 from structlin_nn._text import check_integer, read_value
-from structlin_nn._widths import WIDEST, TooLargeError, largest_rank, number_of_factors, widest, widest_of
 from structlin_nn.counting import Device
 from structlin_nn.counting import device as find_device
 from structlin_nn.models import StructureConfig
 
 __all__ = [
     "PREFERENCES", "RESOURCES", "ModelPlan", "best_plan", "iso_table", "parse_structure", "plan_model", "plan_models",
-    "plan_of", "plans_record",
+    "plan_of",
 ]  # fmt: skip
 
 PREFERENCES = ("spent", "width", "params")
@@ -89,7 +98,6 @@ def plan_model(
     blocks: int | Sequence[int] | None = None,
     depth: int | Sequence[int] | None = None,
     multiple_of: int = 1,
-    even_widths: bool = False,
     prefer: str = "spent",
     layers: str | None = None,
     rms_cap: bool = False,
@@ -132,8 +140,6 @@ def plan_model(
         Choices, see above.
     multiple_of
         The width is a multiple of this number.
-    even_widths
-        Search only c-th powers.
     prefer
         The best combination: the one that has ``spent`` most of the budget, the largest ``width``, or most ``params``.
     batch_size, optimizer, dtype, activation_dtype
@@ -171,8 +177,8 @@ def plan_model(
             raise ValueError(f"{key} is given twice: {fixed[key]!r} and {given!r}")
         lists[key] = _numbers(key, given)
     widths = None if width is None else _numbers("width", width)
-    if widths and (even_widths or multiple_of > 1):
-        raise ValueError("even_widths and multiple_of are for widths that are searched, not for those that are given")
+    if widths and multiple_of > 1:
+        raise ValueError("multiple_of is for widths that are searched, not for those that are given")
     by_rank = widths is not None and len(widths) == 1 and "rank" in known and "rank" not in lists
     by_rank = by_rank and not {"rank", "rank_fraction"} & fixed.keys()
     if widths is not None and len(widths) == 1 and not by_rank and all(len(v) == 1 for v in lists.values()):
@@ -209,7 +215,7 @@ def plan_model(
                 found, after = widest_of(share, start, sorted(set(widths)))
             else:
                 parts = number_of_factors(structure, fixed | own)
-                found, after = widest(share, may_fit, start, multiple_of, parts, even_widths)
+                found, after = widest(share, may_fit, start, multiple_of, parts)
         except TooLargeError:
             asked = " and ".join(f"{b:g} {r}" for r, b in budgets.items())
             raise ValueError(f"{name} with {structure} fits into {asked} at the largest width, {WIDEST:,}") from None
@@ -379,8 +385,3 @@ def parse_structure(text: str) -> tuple[str, dict[str, Any]]:
             raise ValueError(f"an option of a structure must be NAME=VALUE, got {part!r} in {text!r}")
         found[pair[1]] = read_value(pair[2])
     return head, found
-
-
-def plans_record(plans: Sequence[ModelPlan]) -> list[dict[str, Any]]:
-    """Return plans as values that ``json.dumps`` takes."""
-    return [asdict(plan) for plan in plans]

@@ -48,8 +48,7 @@ Where the configuration asks for an average of the weights, evaluations are of t
 Losses are mean cross-entropies in nats, errors shares from 0 to 1. MACs are multiply-accumulates. Times and
 machine names aside, a run that was interrupted and resumed on the CPU writes what one without interruption writes.
 No line holds a path. Each line ends with ``crc32``, the checksum of what stands before it. Earlier schemas are read
-too: 3 has no checksums, 2 has ``statistics`` for CIFAR only, and 1, which CIFAR had first, lacks ``task`` and
-``statistics``.
+too: 3 has no checksums, and 2 has ``statistics`` for CIFAR only.
 """
 
 from __future__ import annotations
@@ -123,19 +122,17 @@ def read_record(path: str | os.PathLike[str]) -> Record:
         bare_lines := [n for n, line in enumerate(lines, start=1) if line.pop("crc32", None) is None]
     ):
         raise ValueError(f"{path}, line {bare_lines[0]} is damaged: it has no checksum")
-    if header.get("kind") != "header" or schema not in range(1, SCHEMA + 1):
+    if header.get("kind") != "header" or schema not in range(2, SCHEMA + 1):
         raise ValueError(
-            f"{path}, line 1 must be a header of schema 1 to {SCHEMA}, got kind {header.get('kind')!r} and schema "
+            f"{path}, line 1 must be a header of schema 2 to {SCHEMA}, got kind {header.get('kind')!r} and schema "
             f"{schema!r}"
         )
-    if schema == 1:
-        header.setdefault("task", "cifar")
     header.setdefault("recipe", header.get("task"))
     if missing := [key for key in HEADER_KEYS if key not in header]:
         raise ValueError(f"{path}, line 1 lacks {', '.join(missing)}")
     if header["task"] not in TASK_KEYS:
         raise ValueError(f"{path}, line 1: the task must be one of {', '.join(TASK_KEYS)}, got {header['task']!r}")
-    bare = schema == 1 or (schema == 2 and header["task"] != "cifar")
+    bare = schema == 2 and header["task"] != "cifar"
     wanted = [key for key in (*COMMON_KEYS, *TASK_KEYS[header["task"]]) if not (bare and key == "statistics")]
     for number, line in enumerate(evaluations, start=2):
         if line.get("kind") != "evaluation" or (missing := [key for key in wanted if key not in line]):

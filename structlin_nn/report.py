@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,21 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from structlin_nn._files import atomic_write
-from structlin_nn.figures.compute import compute_figure, curves_figure, sizes_figure
-from structlin_nn.figures.spent import Run, spent_figure
+from structlin_nn.figures.compute import compute_figure, curves_figure, sizes_figure, spent_figure
 from structlin_nn.figures.style import label
-from structlin_nn.laws import GroupLaw, compare_laws, fit_groups
-from structlin_nn.size_laws import fit_sizes, multipliers
+from structlin_nn.laws import (
+    comparisons_table,
+    default_reference,
+    fit_sizes,
+    fitted_record,
+    laws_table,
+    multipliers_table,
+    sizes_record,
+    sizes_table,
+)
 from structlin_nn.tables import Row, group_rows, read_rows, select
 
-__all__ = ["RESULTS", "report", "runs_of", "write_report"]
+__all__ = ["RESULTS", "Run", "report", "runs_of", "write_report"]
 
 RESULTS = {"cifar": "test_error", "imagenet": "val_error", "gpt2": "val_loss"}
 """The default result of a report, by task."""
@@ -58,6 +66,31 @@ figcaption {{ color: #555; font-size: 13px; max-width: 46rem; }}
 </head>
 <body>
 """
+
+
+@dataclass(frozen=True)
+class Run:
+    """The entries of a report about one run.
+
+    ``params`` are trainable ones, if the record has them. ``planned`` are the FLOPs of the training of the whole run,
+    and ``spent`` those so far; ``seconds`` are those of training, without evaluations if the record separates them.
+    ``result`` is that of the last evaluation.
+    """
+
+    record: str
+    group: str
+    width: int | None
+    params: int | None
+    planned: float | None
+    spent: float
+    seconds: float | None
+    result: float
+    finished: bool
+
+    @property
+    def rate(self) -> float | None:
+        """FLOPs a second; None where nothing was timed."""
+        return self.spent / self.seconds if self.seconds else None
 
 
 def runs_of(groups: Mapping[str, Sequence[Row]], y: str) -> list[Run]:
@@ -131,12 +164,14 @@ def report(
         Title of the page.
     """
     rows = select(read_rows(paths, evaluations="all", unfinished=True), dict(where or {}))
-    tasks = list(dict.fromkeys(str(row.get("task", _task_of(row))) for row in rows))
+    tasks = list(dict.fromkeys(row.get("task", "cifar") for row in rows))
     if y is None:
-        if len(tasks) > 1 or tasks[0] not in RESULTS:
+        if len(tasks) > 1:
             raise ValueError(f"the records are of {', '.join(tasks)}; choose some with --where, or a result with --y")
         y = RESULTS[tasks[0]]
     groups = group_rows(rows, list(group))
+    if reference not in (None, *groups):
+        raise ValueError(f"there is no group {reference!r} to compare with; one of {', '.join(map(repr, groups))}")
     runs = runs_of(groups, y)
     parts = [_HEAD.format(title=html.escape(title)), f"<h1>{html.escape(title)}</h1>"]
     parts += _summary(runs, y, rows)
@@ -153,10 +188,6 @@ def write_report(path: Path, paths: Iterable[str | os.PathLike[str]], **settings
     text = report(paths, **settings)
     with atomic_write(path) as file:
         file.write(text.encode())
-
-
-def _task_of(row: Row) -> str:
-    return "gpt2" if "val_perplexity" in row else "imagenet" if "val_top5_error" in row else "cifar"
 
 
 def _summary(runs: Sequence[Run], y: str, rows: Sequence[Row]) -> list[str]:
@@ -217,9 +248,11 @@ def _laws(
     error: float | None, floor: bool | float, samples: int, confidence: float,
 ) -> list[str]:  # fmt: skip
     parts = ["<h2>Scaling laws</h2>"]
-    ended = _finished(groups, runs)
     try:
-        laws, left_out = fit_groups(ended, x, y, floor=floor, samples=samples)
+        laws, record = fitted_record(
+            _finished(groups, runs), x, y, reference=reference, error=error, confidence=confidence, floor=floor,
+            samples=samples,
+        )  # fmt: skip
     except ValueError as problem:
         return [*parts, _note(f"no group can be fitted: {problem}")]
     above = " + floor" if floor is not False else ""
@@ -228,54 +261,19 @@ def _laws(
         f"logarithms of the runs that have ended; intervals of {100 * confidence:g} % by bootstrap.</p>"
     )
     parts.append(_figure(compute_figure(laws, x=x, y=y, confidence=confidence), "Points, laws and their exponents."))
-    parts.append(_table(("group", "runs", "α", "interval", "a", "floor", "R²"), _law_cells(laws, confidence)))
+    parts.append(_table(*laws_table(record, floor is not False)))
     parts += [_note(f"{name}: {note}") for name, law in laws.items() for note in law.fit.notes]
-    parts += [_note(f"{name} is not fitted: {reason}") for name, reason in left_out.items()]
-    base = reference or ("dense" if "dense" in laws and len(laws) > 1 else None)
-    if base is None:
-        return parts
-    parts.append(f"<h2>Less compute than {_text(base)}</h2>")
-    for what, column in (("compute", x), ("time", "training_seconds")):
-        if what == "time" and (x == column or not all(r.get(column) for rows in ended.values() for r in rows)):
-            continue
-        if what == "compute":
-            compared = compare_laws(laws, base, error=error, confidence=confidence)
-        else:
-            try:
-                timed, _ = fit_groups(ended, column, y, floor=floor, samples=samples)
-                compared = compare_laws(timed, base, error=error, confidence=confidence)
-            except ValueError as problem:
-                parts.append(_note(f"no comparison by time: {problem}"))
-                continue
-        cells = [_multiplier_cells(name, row) for name, row in compared.items()]
-        parts.append(
-            f"<p>How many times less {what} at equal {_text(label(y))}, from the laws and from the points.</p>"
-        )
-        head = ("group", f"at {label(y)}", f"less {what}, by the laws", "interval", "between the points")
-        parts.append(_table(head, cells))
-        parts += [_note(f"{name}: {note}") for name, row in compared.items() for note in row["notes"]]
+    parts += [_note(f"{name} is not fitted: {reason}") for name, reason in record["left_out"].items()]
+    if "comparisons" in record:
+        parts.append(f"<h2>Less compute than {_text(record['reference'])}</h2>")
+    for key, what in (("comparisons", "compute"), ("comparisons_by_time", "time")):
+        if compared := record.get(key):
+            parts.append(
+                f"<p>How many times less {what} at equal {_text(label(y))}, from the laws and from the points.</p>"
+            )
+            parts.append(_table(*comparisons_table(compared, what)))
+            parts += [_note(f"{name}: {note}") for name, row in compared.items() for note in row["notes"]]
     return parts
-
-
-def _law_cells(laws: Mapping[str, GroupLaw], confidence: float) -> list[tuple[str, ...]]:
-    return [
-        (
-            name, str(law.used), f"{law.fit.law.exponent:.4f}",
-            _interval(law.bootstrap.exponent(confidence)) if law.bootstrap else "-", f"{law.fit.law.coefficient:.4g}",
-            f"{law.fit.law.floor:.4g}", f"{law.fit.r_squared:.4f}",
-        )
-        for name, law in laws.items()
-    ]  # fmt: skip
-
-
-def _multiplier_cells(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
-    law, points = row["multiplier"], row["interpolated"]
-    either = law or points
-    return (
-        name, f"{either.error:.4g}" if either else "-",
-        f"{law.value:.3g} ×" + (", extrapolated" if law.extrapolated else "") if law else "-",
-        _interval(law) if law else "-", f"{points.value:.3g} ×" if points else "-",
-    )  # fmt: skip
 
 
 def _sizes(
@@ -298,20 +296,12 @@ def _sizes(
         parts.append(_figure(drawing, "The lowest loss of each budget, and how the law splits it."))
     except ValueError as problem:
         parts.append(_note(f"not drawn: {problem}"))
-    terms = ("E", "A", "alpha", "B", "beta")
-    cells = [
-        (name, *(f"{v.value:.4g} {_interval(v)}" for v in (drawn.term(t, name, confidence) for t in terms)))
-        for name in fit.laws
-    ]
-    parts.append(_table(("group", "E", "A", "α", "B", "β"), cells))
-    base = reference or ("dense" if "dense" in fit.laws and len(fit.laws) > 1 else None)
-    if base is not None:
-        try:
-            found = multipliers(drawn, base, confidence=confidence)
-            rows = [(name, f"{at:.4g}", f"{v.value:.3g} ×", _interval(v)) for name, (at, v) in found.items()]
-            parts.append(_table(("group", f"at {label(y)}", f"less compute than {base}", "interval"), rows))
-        except ValueError as problem:
-            parts.append(_note(str(problem)))
+    base = reference if reference in fit.laws else default_reference(fit.laws)
+    columns = ("forward_macs", "samples", y)
+    record = sizes_record(drawn, left_out, columns=columns, reference=base, confidence=confidence)
+    parts.append(_table(*sizes_table(record)))
+    if "multipliers" in record:
+        parts.append(_table(*multipliers_table(record)))
     parts += [_note(note) for note in fit.notes]
     parts += [_note(f"{name} is not fitted: {reason}") for name, reason in left_out.items()]
     return parts
@@ -379,10 +369,6 @@ def _note(text: str) -> str:
 
 def _text(value: Any) -> str:
     return html.escape(str(value))
-
-
-def _interval(value: Any) -> str:
-    return f"[{value.low:.3g}, {value.high:.3g}]"
 
 
 def _or_dash(value: float | None, form: str) -> str:

@@ -114,7 +114,7 @@ def _from_record(path: Path, record: Record, evaluations: str, unfinished: bool)
             f"{path}: the run stopped after step {record.evaluations[-1]['step']} of {header['counts']['steps']}; "
             "resume it, or take unfinished runs (--unfinished)"
         )
-    common: Row = {"record": str(path)}
+    common: Row = {"record": str(path), "task": header["task"]}
     # A plain name finds the value that is set last.
     for section in ("counts", "config"):
         common |= _flat(header[section], section)

@@ -102,7 +102,7 @@ def open_trained(
     average
         Take the average of the weights of a run.
     untie
-        Give published GPT-2 a head of its own (`structlin_nn.models.pretrained.load_gpt2`).
+        Give published GPT-2 a head of its own (`structlin_nn.models.files.load_gpt2`).
 
     Raises
     ------
@@ -126,7 +126,7 @@ def open_trained(
     if is_run:
         return _run(place, average)
     if published:
-        from structlin_nn.models.pretrained import load_gpt2
+        from structlin_nn.models.files import load_gpt2
 
         gpt2 = load_gpt2(place, untie=untie)
         return TrainedModel(gpt2, build_of(gpt2), place.name)

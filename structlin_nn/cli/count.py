@@ -11,7 +11,7 @@ OPTIMIZERS = ("adam", "adamw", "sign", "sgd")
 PRODUCT_DTYPES = (*common.DTYPES, "float8_e4m3fn", "float8_e5m2")
 PASSED = (
     "width", "base_width", "structure", "rms_cap", "rule", "layers", "optimizer", "batch_size", "steps", "dtype",
-    "activation_dtype", "optimizer_states", "device", "causal_discount", "flash_backward", "strict", "zero_stage",
+    "activation_dtype", "device", "causal_discount", "flash_backward", "strict", "zero_stage",
     "devices", *common.SIZES,
 )  # fmt: skip
 HELP = "count parameters and multiply-accumulates of a model, layer by layer and factor by factor"
@@ -42,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(run, "--activation-dtype NAME", "of activations and products", among=PRODUCT_DTYPES, what="dtype")
     add(run, "--zero-stage N", "what devices share: 1 states, 2 gradients, 3 weights", 0)
     add(run, "--devices N", "number of devices that share", 1)
-    add(run, "--optimizer-states N", "numbers kept for each parameter", kind=int)
     add(run, "--device --on NAME", among=common.DEVICES)
     how = parser.add_argument_group("what counts")
     add(how, "--causal-discount", "count only attention that a causal mask leaves")

@@ -29,9 +29,8 @@ intervals. If all rows have the seconds of training, groups are also compared by
 With --size and --data the law is L = E + A/N^alpha + B/D^beta. All groups are fitted together, and share the terms that
 --shared names. --budget prints the best split of a compute budget. --approach 1 and 2 find it without a law.
 """
-TIME = "training_seconds"
-OF_TWO_SIZES = ("shared", "flops", "budget", "approach", "tolerance", "delta")
-OF_APPROACH_3 = ("shared", "delta", "reference", "plot", "at", "method")
+OF_TWO_SIZES = ("shared", "flops", "budget", "approach")
+OF_APPROACH_3 = ("shared", "reference", "plot", "at", "method")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_floor(law)
     add(law, "--loss NAME", default="soft_l1", among=LOSSES)
     add(law, "--samples N", "draws of the bootstrap", 1000)
-    add(law, "--seed N", "seed of the bootstrap", 0)
     add(law, "--method NAME", "of the bootstrap (parametric; in two sizes residuals)", among=METHODS)
     add(law, "--noise E", "known standard deviation of an error", kind=float)
     add(law, "--confidence P", "confidence of the intervals", 0.95)
@@ -56,8 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(sizes, "--budget FLOPS", about, kind=float, action="append")
     about = "of Hoffmann et al. 2022: 1 envelope of the curves, 2 iso-FLOP parabolas, 3 the law (3)"
     add(sizes, "--approach N", about, kind=int, choices=(1, 2, 3))
-    add(sizes, "--tolerance T", "of the budgets of approach 2 (0.1)", kind=float)
-    add(sizes, "--delta D", "of the Huber loss (0.001)", kind=float)
     add(parser, "--json", "print JSON instead of a table")
     add(parser, "--plot FILE", "write a figure: .png, .svg or .pdf")
 
@@ -119,8 +115,6 @@ def run(arguments: argparse.Namespace) -> None:
         for value in values:
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be positive and finite, got {value:g}")
-    if arguments.approach != 2:
-        _refuse(arguments, ("tolerance",), "--approach 2")
     if arguments.approach in (1, 2):
         _refuse(arguments, OF_APPROACH_3, "--approach 3")
     arguments.all_evaluations |= arguments.approach == 1
@@ -134,32 +128,13 @@ def _refuse(arguments: argparse.Namespace, names: tuple[str, ...], what: str) ->
 
 
 def _one_size(arguments: argparse.Namespace) -> None:
-    from structlin_nn.laws import compare_laws, comparisons_record, fit_groups, laws_record
+    from structlin_nn.laws import comparisons_table, fitted_record, interval_text, laws_table, value_text
 
-    groups = read_groups(arguments)
-    at = {"error": arguments.at, "confidence": arguments.confidence}
-
-    def fitted(x: str) -> tuple[dict[str, Any], dict[str, str]]:
-        return fit_groups(
-            groups, x, arguments.y, frontier=arguments.frontier, floor=arguments.floor, loss=arguments.loss,
-            samples=arguments.samples, seed=arguments.seed, method=arguments.method or "parametric",
-            noise=arguments.noise,
-        )  # fmt: skip
-
-    laws, left_out = fitted(arguments.x)
-    if arguments.reference in left_out:
-        raise ValueError(f"{arguments.reference} cannot be fitted: {left_out[arguments.reference]}")
-    reference = arguments.reference or _dense(laws)
-    record = laws_record(laws, arguments.x, arguments.y, reference=reference, **at)
-    record["left_out"] = left_out
-    if reference and arguments.x != TIME and all(row.get(TIME) for rows in groups.values() for row in rows):
-        try:
-            by_time, without = fitted(TIME)
-        except ValueError as error:
-            by_time, without = {}, {"all groups": str(error)}
-        left_out |= {f"{name} by time": reason for name, reason in without.items()}
-        if reference in by_time and (timed := comparisons_record(compare_laws(by_time, reference, **at))):
-            record["comparisons_by_time"] = timed
+    laws, record = fitted_record(
+        read_groups(arguments), arguments.x, arguments.y, reference=arguments.reference, error=arguments.at,
+        confidence=arguments.confidence, frontier=arguments.frontier, floor=arguments.floor, loss=arguments.loss,
+        samples=arguments.samples, method=arguments.method or "parametric", noise=arguments.noise,
+    )  # fmt: skip
     if arguments.plot:
         from structlin_nn.figures.compute import compute_figure
 
@@ -170,25 +145,18 @@ def _one_size(arguments: argparse.Namespace) -> None:
     percent = f"{100 * arguments.confidence:g} %"
     floor = "fitted" if arguments.floor is True else f"{arguments.floor:g}" if arguments.floor else "none"
     print(f"{arguments.y} = a C^-alpha, C = {arguments.x}, irreducible error {floor}; intervals of {percent}\n")
-    rows = []
-    for name, law in record["groups"].items():
-        used, points = law["fitted_points"], law["points"]
-        numbers = [_value(law["exponent"], ".4f"), _interval(law["exponent"]), _value(law["coefficient"])]
-        numbers += [_value(law["floor"])] * bool(arguments.floor)
-        rows.append((name, f"{used} of {points}" if used != points else f"{used}", *numbers, f"{law['r_squared']:.4f}"))
-    print_table(("group", "points", "alpha", "interval", "a", *["floor"] * bool(arguments.floor), "R2"), rows)
+    print_table(*laws_table(record, bool(arguments.floor)))
     for name, law in record["groups"].items():
         for note in law["notes"]:
             print(f"warning: {name}: {note}")
-    _print_left_out(left_out)
+    _print_left_out(record["left_out"])
     for key, what, by in (
         ("comparisons", "compute", ""),
         ("comparisons_by_time", "time", ", by the seconds of training"),
     ):
         if found := record.get(key):
-            print(f"\nagainst {reference}{by}\n")
-            head = ("group", "alpha", "interval", "at error", f"less {what} (law)", "interval", "(points)", "interval")
-            print_table(head, [_compared(name, row) for name, row in found.items()])
+            print(f"\nagainst {record['reference']}{by}\n")
+            print_table(*comparisons_table(found, what))
             for name, row in found.items():
                 for note in row["notes"]:
                     print(f"{name}: {note}")
@@ -196,40 +164,33 @@ def _one_size(arguments: argparse.Namespace) -> None:
         print(f"\ncompute for an error of {arguments.at:g}\n")
         needed = {name: law.get("compute_at_error", {"value": "inf"}) for name, law in record["groups"].items()}
         names = sorted(needed, key=lambda name: float(needed[name]["value"]))
-        rows = [(name, _value(needed[name]), _interval(needed[name])) for name in names]
+        rows = [(name, value_text(needed[name]), interval_text(needed[name])) for name in names]
         print_table(("group", arguments.x, "interval"), rows)
     if arguments.plot:
         print(f"\nfigure {arguments.plot}")
 
 
-def _compared(name: str, row: Any) -> tuple[str, ...]:
-    difference, multiplier, points = row["exponent_difference"], row["multiplier"], row["interpolated"]
-    extrapolated = " extrapolated" if multiplier and multiplier["extrapolated"] else ""
-    return (
-        name,
-        _value(difference, "+.4f"),
-        _interval(difference),
-        f"{(multiplier or points)['error']:.4g}" if multiplier or points else "-",
-        _value(multiplier, ".3g", f" x{extrapolated}"),
-        _interval(multiplier),
-        _value(points, ".3g", " x"),
-        _interval(points),
-    )
-
-
 def _two_sizes(arguments: argparse.Namespace, groups: dict[str, Any]) -> None:
-    from structlin_nn.size_laws import SHARED, fit_sizes, sizes_record
+    from structlin_nn.laws import (
+        SHARED,
+        default_reference,
+        estimate_text,
+        fit_sizes,
+        multipliers_table,
+        sizes_record,
+        sizes_table,
+    )  # fmt: skip
 
     shared = SHARED
     if arguments.shared is not None:
         shared = () if arguments.shared == "none" else tuple(arguments.shared.split(","))
     columns = (arguments.size, arguments.data, arguments.y)
     drawn, left_out = fit_sizes(
-        groups, *columns, shared=shared, samples=arguments.samples, seed=arguments.seed,
-        delta=1e-3 if arguments.delta is None else arguments.delta, method=arguments.method or "residuals",
+        groups, *columns, shared=shared, samples=arguments.samples,
+        method=arguments.method or "residuals",
     )  # fmt: skip
     budgets = arguments.budget or []
-    reference = arguments.reference or _dense(drawn.fit.laws)
+    reference = arguments.reference or default_reference(drawn.fit.laws)
     common: dict[str, Any] = {"flops": arguments.flops, "confidence": arguments.confidence}
     record = sizes_record(
         drawn, left_out, columns=columns, budgets=budgets, reference=reference, loss=arguments.at, **common
@@ -245,13 +206,7 @@ def _two_sizes(arguments: argparse.Namespace, groups: dict[str, Any]) -> None:
         f"{arguments.y} = E + A/N^alpha + B/D^beta, N = {arguments.size}, D = {arguments.data}; shared: "
         f"{', '.join(record['shared']) or 'nothing'}; intervals of {100 * arguments.confidence:g} %\n"
     )
-    found = record["groups"]
-    rows = [
-        (name, str(law["points"]), *map(_estimate, law["terms"].values()), _estimate(law["allocation"]))
-        for name, law in found.items()
-    ]
-    terms = next(iter(found.values()))["terms"]
-    print_table(("group", "points", *terms, "a of N_opt ~ C^a"), rows)
+    print_table(*sizes_table(record))
     print(f"\n{100 * record['agreement']:.0f} % of the starts end at this minimum")
     for note in record["notes"]:
         print(f"warning: {note}")
@@ -259,32 +214,26 @@ def _two_sizes(arguments: argparse.Namespace, groups: dict[str, Any]) -> None:
     if budgets:
         print(f"\nthe best split of a budget, {arguments.flops:g} FLOPs for each unit of N and D\n")
         rows = [
-            (name, f"{best['compute']:.3g}", *(_estimate(best[key]) for key in ("params", "tokens", "loss")))
-            for name, law in found.items()
+            (name, f"{best['compute']:.3g}", *(estimate_text(best[key]) for key in ("params", "tokens", "loss")))
+            for name, law in record["groups"].items()
             for best in law["optima"]
         ]
         print_table(("group", "FLOPs", *columns), rows)
     if reference is not None:
         print(f"\nagainst {reference}, each at its best split\n")
-        rows = [
-            (name, f"{row['loss']:.4g}", _value(row, ".3g", " x"), _interval(row, ".3g"))
-            for name, row in record["multipliers"].items()
-        ]
-        print_table(("group", f"at {arguments.y}", "less compute", "interval"), rows)
+        print_table(*multipliers_table(record))
     if arguments.plot:
         print(f"\nfigure {arguments.plot}")
 
 
 def _allocation(arguments: argparse.Namespace, groups: dict[str, Any]) -> None:
     from structlin.scaling_laws import IsoFlop
-    from structlin_nn.laws import plain
-    from structlin_nn.size_laws import allocations
+    from structlin_nn.laws import allocations, estimate_text, plain
 
     approach, budgets = arguments.approach, arguments.budget or []
     found, left_out = allocations(
         groups, arguments.size, arguments.data, arguments.y, approach=approach, flops=arguments.flops,
         budgets=arguments.budget if approach == 2 else None,
-        tolerance=0.1 if arguments.tolerance is None else arguments.tolerance,
     )  # fmt: skip
     rows, points, best = [], [], []
     record: dict[str, Any] = {"approach": approach, "flops": arguments.flops, "left_out": left_out, "groups": {}}
@@ -302,7 +251,7 @@ def _allocation(arguments: argparse.Namespace, groups: dict[str, Any]) -> None:
             "exponent": exponent, "log_coefficient": law.log_coefficient, "minima": own, "left_out": without,
             "optima": optima,
         }  # fmt: skip
-        rows.append((name, str(len(law.compute)), _estimate(exponent)))
+        rows.append((name, str(len(law.compute)), estimate_text(exponent)))
         points += [(name, *(f"{p[k]:.4g}" if k in p else "-" for k in ("compute", "params", "loss"))) for p in own]
         points += [(name, budget, "-", reason) for budget, reason in without.items()]
         best += [(name, f"{o['compute']:.3g}", f"{o['params']:.4g}", f"{o['tokens']:.4g}") for o in optima]
@@ -320,11 +269,6 @@ def _allocation(arguments: argparse.Namespace, groups: dict[str, Any]) -> None:
     _print_left_out(left_out)
 
 
-def _dense(laws: Any) -> str | None:
-    """Return the group to compare with by default."""
-    return "dense" if "dense" in laws and len(laws) > 1 else None
-
-
 def _save(figure: Any, arguments: argparse.Namespace) -> None:
     from structlin_nn.figures.style import save
 
@@ -334,19 +278,3 @@ def _save(figure: Any, arguments: argparse.Namespace) -> None:
 def _print_left_out(left_out: dict[str, str]) -> None:
     for name, reason in left_out.items():
         print(f"not fitted: {name}: {reason}")
-
-
-def _value(estimate: Any, form: str = ".4g", unit: str = "") -> str:
-    """Return the value of an estimate of a record (`structlin_nn.laws.plain`)."""
-    known = estimate and estimate["value"] is not None
-    return f"{float(estimate['value']):{form}}{unit}" if known else "-"
-
-
-def _interval(estimate: Any, form: str = ".4g") -> str:
-    if not estimate or estimate.get("low") is None:
-        return "-"
-    return f"[{float(estimate['low']):{form}}, {float(estimate['high']):{form}}]"
-
-
-def _estimate(estimate: Any) -> str:
-    return _value(estimate) if estimate["low"] is None else f"{_value(estimate)} {_interval(estimate)}"

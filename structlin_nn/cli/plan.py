@@ -27,7 +27,7 @@ STRUCTURES = ("dense", "low_rank", "monarch", "kronecker", "tensor_train", "bloc
 PREFERENCES = ("spent", "width", "params")
 CHOICES = ("rank", "cores", "blocks", "depth")
 OF_MODELS = (
-    "width", "multiple_of", "even_widths", "prefer", "layers", "rms_cap", "batch_size", "samples", "activation_dtype",
+    "width", "multiple_of", "prefer", "layers", "rms_cap", "batch_size", "samples", "activation_dtype",
     "device", *(name for name in common.SIZES if name != "depth"),
 )  # fmt: skip
 EXAMPLES = """\
@@ -67,7 +67,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(choices, "--blocks V", "number of blocks (4; of a layer all)", kind=_values)
     add(choices, "--depth V", "blocks of the model (the model's own)", kind=_values)
     add(choices, "--multiple-of N", "search only widths that are multiples of N (1)", kind=int)
-    add(choices, "--even-widths", "search only widths that split into equal factors")
     about = "the best choice: most spent, width, or params (spent)"
     add(choices, "--prefer NAME", about, among=PREFERENCES, what="preference")
     add(parser, "--shape OUT,IN", "of the layer", kind=common.integers)
@@ -220,7 +219,7 @@ def _by_law(arguments: argparse.Namespace, budgets: dict[str, list[float]], sett
         ((resource, amounts), *others) = budgets.items()
         if others or len(amounts) > 1:
             raise ValueError("with --laws and without --error, one budget is needed: --run-seconds or --training-flops")
-        if chosen := {"width", "prefer", "samples", "even_widths", *CHOICES} & settings.keys():
+        if chosen := {"width", "prefer", "samples", *CHOICES} & settings.keys():
             option = min(chosen).replace("_", "-")
             raise ValueError(f"--{option} is not used with --laws in two sizes, which give width and samples")
         rows = plan_by_law(arguments.name, laws, amounts[0], resource=resource, **settings)

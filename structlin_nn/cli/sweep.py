@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -111,8 +110,7 @@ def _jobs(arguments: argparse.Namespace, sweep: Any) -> dict[str, Any]:
     if arguments.unverified and not cifar:
         raise ValueError(f"--unverified is for CIFAR, and {sweep.name} is trained on {sweep.data}")
     configs = sweep.runs(overrides(kind, arguments.set))
-    sets = {getattr(config, "data_set", "") for config in configs.values()}
-    known = all(name == "fashion" or (name and f"STRUCTLIN_{name.upper()}" in os.environ) for name in sets)
+    known = all(getattr(config, "data_set", "") == "fashion" for config in configs.values())
     if arguments.data is None and not (arguments.dry_run or known):
         also = ", or --set data_set=fashion for the embedded images" if cifar else ""
         raise ValueError(f"--data is needed: the folder of {sweep.data}{also} (--dry-run needs no data)")

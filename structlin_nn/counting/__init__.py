@@ -6,9 +6,17 @@ counted, listed as one without products, or reported as unknown.
 """
 
 from structlin.execution.devices import DEVICES, Device
-from structlin_nn.counting._memory import DTYPES, OPTIMIZER_STATES, count_loss, training_bytes
+from structlin_nn.counting._costs import (
+    DTYPES,
+    OPTIMIZER_STATES,
+    Roofline,
+    count_loss,
+    device,
+    measure_cpu,
+    roofline,
+    training_bytes,
+)
 from structlin_nn.counting._named import count_model, format_count
-from structlin_nn.counting._roofline import Roofline, device, measure_cpu, roofline
 from structlin_nn.torch.counting import (
     CallCount,
     Counting,

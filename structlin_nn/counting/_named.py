@@ -1,18 +1,18 @@
-"""Counts of named models, as a record and as a table."""
+"""Counts of named models, as a record and as a table, with the predicted cost of their layers on a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import structlin
+from structlin.execution.choice import Problem
 from structlin.execution.devices import Device
+from structlin.structure import Structure
 from structlin_nn._text import check_integer, table
-from structlin_nn.counting._memory import count_loss, training_bytes
-from structlin_nn.counting._roofline import device as find_device
-from structlin_nn.counting._roofline import roofline
-from structlin_nn.counting._traffic import format_traffic, layer_traffic
+from structlin_nn.counting._costs import count_loss, roofline, training_bytes
+from structlin_nn.counting._costs import device as find_device
 from structlin_nn.models import GPT2, MLP, MODELS, StructureConfig, ViT, base_model, build_model
 from structlin_nn.torch import StructuredLinear, parameter_groups
 from structlin_nn.torch.counting import CallCount, ModelCount, count
@@ -30,10 +30,6 @@ def count_model(
     width: int,
     base_width: int | None = None,
     structure: str = "dense",
-    rank: int | Sequence[int] | None = None,
-    rank_fraction: float | None = None,
-    blocks: int | None = None,
-    factorization: str | None = None,
     options: Mapping[str, Any] | None = None,
     rms_cap: bool = False,
     rule: str = "paper",
@@ -43,7 +39,6 @@ def count_model(
     steps: int | None = None,
     dtype: str = "float32",
     activation_dtype: str | None = None,
-    optimizer_states: int | None = None,
     device: str | Device | None = None,
     causal_discount: bool = False,
     flash_backward: bool = False,
@@ -62,10 +57,8 @@ def count_model(
         Width at which the learning rate was tuned; default: that of the paper.
     structure
         Registered name of a structure.
-    rank, rank_fraction, blocks, factorization
-        Options of the structure.
     options
-        Further options of the structure, by name.
+        Options of the structure, by name.
     rms_cap, rule, layers
         As in :class:`structlin_nn.models.StructureConfig`.
     optimizer
@@ -78,8 +71,6 @@ def count_model(
         Dtype of weights, gradients and states.
     activation_dtype
         Dtype of activations and products (mixed precision); default ``dtype``.
-    optimizer_states
-        ``states`` of :func:`training_bytes`.
     device
         Add the least time on a device of :data:`DEVICES`, or on ``cpu``, which is measured.
     causal_discount, flash_backward, strict
@@ -117,17 +108,14 @@ def count_model(
 
     Examples
     --------
-    >>> record = count_model("cifar-mlp", width=128, structure="block_tensor_train", rank=1, factorization="greedy")
+    >>> options = {"rank": 1, "factorization": "greedy"}
+    >>> record = count_model("cifar-mlp", width=128, structure="block_tensor_train", options=options)
     >>> record["trainable_params"], record["forward_macs"], len(record["layers"])
     (96266, 93440, 8)
     >>> record["layers"][0]["factors"][1]["lr_multiplier"]
     1.6
     """
-    given = {"rank": rank, "rank_fraction": rank_fraction, "blocks": blocks, "factorization": factorization}
-    chosen = {key: value for key, value in given.items() if value is not None}
-    if twice := chosen.keys() & (options or {}):
-        raise ValueError(f"options {', '.join(sorted(twice))} are given twice")
-    config = StructureConfig(structure, {**chosen, **(options or {})}, layers=layers, rms_cap=rms_cap, rule=rule)
+    config = StructureConfig(structure, options or {}, layers=layers, rms_cap=rms_cap, rule=rule)
     sizes = {key: value for key, value in sizes.items() if value is not None or key not in SIZES}
     for key, value in (("batch_size", batch_size), ("steps", steps)):
         if value is not None:
@@ -177,7 +165,6 @@ def count_model(
                 step,
                 loss=loss_of(model, batch),
                 optimizer=optimizer,
-                states=optimizer_states,
                 dtype=dtype,
                 activation_dtype=activation_dtype,
                 zero_stage=zero_stage,
@@ -207,7 +194,7 @@ def count_model(
         products = activation_dtype or dtype
         on = find_device(device, products) if isinstance(device, str) else device
         found = roofline(
-            step, on, products, optimizer=optimizer, states=optimizer_states, weight_dtype=dtype,
+            step, on, products, optimizer=optimizer, weight_dtype=dtype,
             shares=devices if zero_stage else 1,
         )  # fmt: skip
         record["roofline"] = asdict(found) | {
@@ -334,3 +321,44 @@ def _run_lines(record: Mapping[str, Any]) -> list[str]:
         if "traffic" in record:
             lines += format_traffic(record["traffic"])
     return [*lines, ""]
+
+
+# Name, structure and number of vectors of each layer.
+Layers = Iterable[tuple[str, Any, int]]
+
+
+def layer_traffic(layers: Layers, on: Device, dtype: str) -> dict[str, Any]:
+    """Return the predicted traffic of chains in a training step on a GPU, by layer, and the sum of the seconds."""
+    from structlin.execution.traffic import fastest
+
+    known: dict[Problem, dict[str, Any]] = {}
+    rows = []
+    for name, structure, tokens in layers:
+        if not isinstance(structure, Structure) or not tokens:
+            continue
+        problem = Problem(structure, True, "torch", "cuda", dtype, tokens, 1, True)
+        if problem not in known:
+            way, found = fastest(problem, on)
+            known[problem] = {
+                "way": way.name, "kernels": len(found.kernels), "memory_bytes": found.memory_bytes,
+                "l2_bytes": found.l2_bytes, "seconds": found.seconds,
+            }  # fmt: skip
+        rows.append({"name": name, "rows": tokens} | known[problem])
+    return {"device": on.name, "dtype": dtype, "seconds": sum(row["seconds"] for row in rows), "layers": rows}
+
+
+def format_traffic(found: dict[str, Any]) -> list[str]:
+    """Return the lines of a table, with one row for all layers of equal cost."""
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for row in found["layers"]:
+        key = tuple(row[name] for name in ("rows", "way", "kernels", "memory_bytes", "l2_bytes", "seconds"))
+        alike.setdefault(key, []).append(row["name"])
+    cells = []
+    for (rows, way, kernels, memory, l2, seconds), names in alike.items():
+        label = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        sizes = f"{memory / 1e6:,.1f} MB", f"{l2 / 1e6:,.1f} MB", f"{1e3 * seconds:.4g} ms"
+        cells.append((label, way, f"{rows:,}", f"{kernels:,}", *sizes))
+    head = ("layers", "way", "rows", "kernels", "memory", "L2", "time of each")
+    lines = ["", f"structured layers of a training step, predicted for {found['device']}, {found['dtype']}"]
+    lines += [f"  {line}" for line in table(head, cells, left=2, rule=False).splitlines()]
+    return [*lines, f"  {'all layers':<26}{1e3 * found['seconds']:>25.4g} ms"]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from structlin_nn._files import atomic_write, cores
-from structlin_nn.data.hub import load_hub
+from structlin_nn.data._splits import load_hub
 from structlin_nn.data.tokenizers import Tokenizer, load_tokenizer
 from structlin_nn.data.tokens import DTYPE, META, META_VERSION, SPLITS, TokenData, natural, open_tokens
 
@@ -143,7 +143,7 @@ def prepare_openwebtext(
     out, tokenizer, vocabulary, name
         As in `prepare_text`, with its errors.
     dataset, split
-        As in `structlin_nn.data.hub.load_hub`, with its errors.
+        As in `structlin_nn.data._splits.load_hub`, with its errors.
     column
         Name of the column of the text.
     val_fraction, seed

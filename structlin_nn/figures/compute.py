@@ -1,8 +1,9 @@
-"""Figures of error against compute: fitted laws, training curves, and laws in two sizes."""
+"""Figures of error against compute: fitted laws, training curves, laws in two sizes, reports, and the demonstration."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -12,27 +13,22 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from structlin.scaling_laws import FLOPS, LossBootstrap
-from structlin_nn.figures.style import Series, finish, label, legend, new_figure, series
+from structlin_nn.figures.style import Series, finish, label, legend, new_figure, series, style
 from structlin_nn.laws import GroupLaw
 from structlin_nn.tables import Row, by_run, column
 
-__all__ = ["compute_figure", "curves_figure", "plain_ticks", "sizes_figure"]
+__all__ = ["compute_figure", "curves_figure", "demo_figure", "plain_ticks", "sizes_figure", "spent_figure"]
 
 
-def compute_figure(
-    laws: Mapping[str, GroupLaw], *, x: str, y: str, confidence: float = 0.95, bars: bool = True
-) -> Figure:
-    """Draw points with their laws on logarithmic axes, and with `bars` a bar for each exponent, with its interval.
+def compute_figure(laws: Mapping[str, GroupLaw], *, x: str, y: str, confidence: float = 0.95) -> Figure:
+    """Draw points with their laws on logarithmic axes, and a bar for each exponent, with its interval.
 
     `laws` are those of :func:`structlin_nn.laws.fit_groups`, of the columns ``x`` and ``y``. `confidence` is that of
     the shaded bands and of the intervals.
     """
-    figure, styles = new_figure(8.6 if bars else 6.4, 4.4), series(laws)
-    if bars:
-        left, right = figure.subplots(1, 2, width_ratios=(2.2, 1))
-        _bars(right, laws, styles, confidence)
-    else:
-        left = figure.subplots()
+    figure, styles = new_figure(8.6, 4.4), series(laws)
+    left, right = figure.subplots(1, 2, width_ratios=(2.2, 1))
+    _bars(right, laws, styles, confidence)
     for name, law in laws.items():
         _law(left, law, styles[name], confidence)
     finish(left, x=label(x), y=label(y))
@@ -41,7 +37,7 @@ def compute_figure(
     room = max((errors.max() / errors.min()) ** 0.08, 1.02)
     left.set_ylim(errors.min() / room, errors.max() * room)
     plain_ticks(left)
-    legend(figure, left, 4 if bars else 3)
+    legend(figure, left, 4)
     return figure
 
 
@@ -163,7 +159,7 @@ def sizes_figure(
     Parameters
     ----------
     drawn, size, y
-        Laws with intervals (:func:`structlin_nn.size_laws.fit_sizes`), and the columns of N and of the loss, for the
+        Laws with intervals (:func:`structlin_nn.laws.fit_sizes`), and the columns of N and of the loss, for the
         axes.
     budgets
         Budgets of the curves at equal compute; None: six over the range of the runs.
@@ -219,3 +215,108 @@ def _slices(
         axes.plot(fit.params[near], moved, color=colour, marker="o", markersize=3.5, linestyle="", alpha=0.6)
     low, high = min(law.optimum(b, flops=flops).loss for b in budgets), float(fit.loss.max())
     axes.set_ylim(low * 0.97, min(high, 1.9 * low))
+
+
+def spent_figure(runs: Sequence[Any]) -> Figure:
+    """Left, FLOPs spent against FLOPs planned, with the line of equality; right, FLOPs a second against parameters.
+
+    Parameters
+    ----------
+    runs
+        Those without a plan, or without times, are left out of the panel that needs them.
+    """
+    figure = new_figure(9.6, 4.2)
+    left, right = figure.subplots(1, 2)
+    styles = series(dict.fromkeys(run.group for run in runs))
+    for name, own_style in styles.items():
+        own = [run for run in runs if run.group == name]
+        pairs = [(run.planned, run.spent) for run in own if run.planned and run.spent]
+        left.plot([p for p, _ in pairs], [s for _, s in pairs], label=own_style.label, **own_style.points())
+        rates = [(run.params, run.rate) for run in own if run.params and run.rate]
+        right.plot([p for p, _ in rates], [r for _, r in rates], **own_style.points())
+    ends = [value for run in runs for value in (run.planned, run.spent) if value]
+    if ends:
+        left.plot([min(ends), max(ends)], [min(ends), max(ends)], color="0.6", linewidth=1, zorder=0)
+    finish(left, x="training FLOPs planned", y="training FLOPs spent")
+    finish(right, x="parameters", y="FLOPs a second of training")
+    legend(figure, left, 4)
+    return figure
+
+
+_DEMO_ERROR = "training error (%)"
+
+
+def demo_figure(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Return the figure of the demonstration.
+
+    Left: training error against training compute, a line for each structure, structure-aware learning rates. Middle:
+    the same against the seconds of training. Right: for each structured network the training error with the naive and
+    with the structure-aware learning rate. Training errors, as in the paper's scaling figures, are those on training
+    images without augmentation.
+
+    Parameters
+    ----------
+    rows
+        As `structlin_nn.demo.row_of` gives them.
+    """
+    figure = new_figure(16, 4.8)
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
+    structures = list(dict.fromkeys(row["structure"] for row in rows))
+    _cost_panel(left, rows, structures, "training_macs")
+    finish(left, x="training compute (multiply-accumulates)", y=_DEMO_ERROR, log_y=False)
+    left.set_title("equal compute, structure-aware learning rates", fontsize=11, pad=26)
+    left.legend(
+        frameon=False, fontsize=9, ncols=len(structures), loc="lower center", bbox_to_anchor=(0.5, 0.995),
+        handlelength=1.2, columnspacing=0.9, handletextpad=0.4, borderaxespad=0.2,
+    )  # fmt: skip
+    _cost_panel(middle, rows, structures, "training_seconds")
+    finish(middle, x="seconds of training on one core of this machine", y=_DEMO_ERROR, log_y=False)
+    # A decade or less: numbers without powers of ten.
+    middle.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    middle.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    middle.xaxis.set_minor_formatter(NullFormatter())
+    middle.set_title("the same networks by time", fontsize=11, pad=26)
+    _rule_panel(right, rows, [name for name in structures if name != "dense"])
+    return figure
+
+
+def _cost_panel(axes: Axes, rows: Sequence[dict[str, Any]], structures: Sequence[str], cost: str) -> None:
+    for name in structures:
+        label, colour, marker = style(name)
+        chosen = [row for row in rows if row["structure"] == name and row["learning_rate"] != "naive"]
+        chosen.sort(key=lambda row: row["training_macs"])
+        x = [row[cost] for row in chosen]
+        y = [100 * row["train_error"] for row in chosen]
+        axes.plot(x, y, color=colour, marker=marker, markersize=7, linewidth=1.8, label=label)
+
+
+def _rule_panel(axes: Axes, rows: Sequence[dict[str, Any]], structures: Sequence[str]) -> None:
+    ticks: list[int] = []
+    labels: list[str] = []
+    for name in structures:
+        label, colour, marker = style(name)
+        own = [row for row in rows if row["structure"] == name]
+        widths = sorted({row["width"] for row in own})
+        start = ticks[-1] + 2 if ticks else 0
+        for x, width in enumerate(widths, start):
+            errors = {row["learning_rate"]: 100 * row["train_error"] for row in own if row["width"] == width}
+            axes.annotate(
+                "", (x, errors["aware"]), (x, errors["naive"]),
+                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 1.5, "shrinkA": 4, "shrinkB": 4},
+            )  # fmt: skip
+            axes.plot(x, errors["naive"], marker=marker, color=colour, markerfacecolor="white", markersize=8)
+            axes.plot(x, errors["aware"], marker=marker, color=colour, markersize=8)
+            ticks.append(x)
+            labels.append(str(width))
+        middle = start + (len(widths) - 1) / 2
+        place = axes.get_xaxis_transform()
+        axes.text(middle, 1.015, label, color=colour, ha="center", va="bottom", fontsize=10, transform=place)
+    finish(axes, x="width of the network", y=_DEMO_ERROR, log_x=False, log_y=False)
+    axes.grid(False, axis="x")
+    axes.set_xticks(ticks, labels, fontsize=8)
+    axes.tick_params(axis="x", length=0)
+    axes.set_title("effect of the learning-rate rule", fontsize=11, pad=26)
+    axes.plot([], [], "o", color="0.4", markerfacecolor="white", markersize=8, label="naive")
+    axes.plot([], [], "o", color="0.4", markersize=8, label="structure-aware")
+    axes.legend(frameon=False, loc="upper left", fontsize=10)
+    axes.margins(y=0.12)

@@ -18,16 +18,273 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 from jax.extend import core
 
-from structlin.execution.jax_cpu import as_chains, macs_of, single_products
-from structlin_nn.flax._primitives import FREE, UNKNOWN, classify, formula_of, register_primitive
+from structlin.execution.jax_cpu import as_chains, macs_of
+from structlin_nn._flops import FLOPS, fft_flops, qr_flops, svd_flops
 
-__all__ = ["JaxCount", "UnknownPrimitiveError", "count", "xla_flops"]
+PRODUCT, NO_PRODUCT, UNKNOWN, COMPOSITE = "product", "no product", "unknown", "composite"
+
+
+class Work(NamedTuple):
+    """MACs of an equation of a jaxpr, and its FLOPs other than products."""
+
+    macs: int = 0
+    other_flops: int = 0
+
+
+# Primitives that only name, share or rearrange memory.
+_FREE_TEXT = """
+    bcoo_transpose bitcast_convert_type box_get box_set broadcast_in_dim broadcast_to concatenate copy copy_p
+    dynamic_slice dynamic_update_slice expand_dims iota layout_constraint name optimization_barrier pad pvary reshape
+    reshard rev sharding_constraint slice split squeeze stack stop_gradient tile transpose unstack
+"""
+FREE = frozenset(_FREE_TEXT.split())
+
+# Elementwise primitives, reductions, sorting, random numbers, communication between devices, and copies.
+_NAMED_TEXT = """
+    abs accum_grad_in_ref acos acosh add add_any addupdate after_all all_gather all_gather_done all_gather_invariant
+    all_gather_reduced all_gather_reduced_start all_gather_start all_to_all all_to_all_done all_to_all_start and
+    approx_top_k argmax argmin asin asinh atan atan2 atanh axis_index bessel_i0e bessel_i1e cbrt ceil clamp clz complex
+    conj convert_element_type cos cosh create_linear create_token cumlogsumexp cummax cummin cumprod cumsum dce_sink
+    debug_callback debug_print device_put digamma dim_as_value dimension_size div empty empty2 empty_ref eq eq_to erf
+    erf_inv erfc exp exp2 expm1 floor free_ref freeze from_edtype gather ge get gt igamma igamma_grad_a igammac imag
+    inspect_sharding integer_pow iota_2x32_shape is_finite le le_to lgamma log log1p log_extend log_read logistic lt
+    lt_to lu_pivots_to_permutation max min mul mulhi ne neg new_box new_log new_ref nextafter not or pbroadcast
+    pbroadcast_done pbroadcast_start philox2x32 philox4x32 pin platform_index pmax pmin polygamma population_count pow
+    ppermute ppermute_done ppermute_start precv preduced psend psum psum_done psum_invariant psum_invariant_start
+    psum_start ragged_all_to_all random_bits random_clone random_fold_in random_gamma random_seed random_split
+    random_unwrap random_wrap real reduce reduce_and reduce_max reduce_min reduce_or reduce_precision reduce_prod
+    reduce_scatter reduce_scatter_done reduce_scatter_start reduce_sum reduce_window reduce_window_max
+    reduce_window_min reduce_window_sum reduce_xor reduced_vary_cast_p regularized_incomplete_beta rem
+    rng_bit_generator rng_uniform round rsqrt scatter scatter-add scatter-max scatter-min scatter-mul scatter-sub
+    select_and_gather_add select_and_scatter select_and_scatter_add select_n shape_assertion shift_left
+    shift_right_arithmetic shift_right_logical sign sin sinh sort sqrt square sub swap tan tanh threefry2x32
+    threefry4x32 tie to_edtype top_k unpin unreachable unreduced_psum unreduced_psum_start unreduced_reduce_scatter
+    unreduced_reduce_scatter_start vary_unreduced_cast_p xor zeta
+"""
+_NAMED = frozenset(_NAMED_TEXT.split())
+
+# Conversions of sparse arrays, of references, and of arrays over several processes.
+_SPARSE_TEXT = """
+    bcoo_extract bcoo_fromdense bcoo_sort_indices bcoo_sum_duplicates bcoo_todense bcsr_extract bcsr_fromdense
+    bcsr_todense check coo_fromdense coo_todense csr_fromdense csr_todense get_variable
+    global_array_to_host_local_array host_local_array_to_global_array new_variable set_variable todense
+    with_memory_space_constraint
+"""
+_SPARSE = frozenset(_SPARSE_TEXT.split())
+
+# Primitives with inner jaxprs, which are counted.
+_COMPOSITE_TEXT = """
+    call call_hi_primitive checkpoint closed_call composite cond core_call core_map cudnn_fusion custom_jvp_call
+    custom_jvp_call_jaxpr custom_linear_solve custom_partitioning custom_vjp_call custom_vjp_call_jaxpr
+    custom_vmap_call eval_jaxpr jit linear_call pjit remat remat2 remat_opt run_state scan shard_map stage while
+"""
+_COMPOSITE = frozenset(_COMPOSITE_TEXT.split())
+
+# The jaxpr does not show the cost of these, or it depends on the positions of the values of two sparse arrays.
+_UNKNOWN_TEXT = """
+    bcoo_spdot_general call_exported custom_lin ffi_call io_callback pallas_call pure_callback spsolve
+"""
+KNOWN_UNKNOWN = frozenset(_UNKNOWN_TEXT.split())
+
+_FORMULAS: dict[str, Callable[[Any], Work]] = {}
+_REGISTERED_FREE: set[str] = set()
+
+
+def register_primitive(name: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
+    """Return a decorator that registers a function which counts the work of a primitive.
+
+    The function takes the equation of the jaxpr (``invars``, ``outvars``, ``params``). It returns MACs, or a pair of
+    MACs and other FLOPs.
+
+    Examples
+    --------
+    >>> @register_primitive("structlin_example")
+    ... def _(equation):
+    ...     return math.prod(equation.outvars[0].aval.shape)
+    >>> classify("structlin_example"), classify("dot_general"), classify("tanh"), classify("ffi_call")
+    ('product', 'product', 'no product', 'unknown')
+    """
+
+    def add(formula: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def work(equation: Any) -> Work:
+            found = formula(equation)
+            return Work(*found) if isinstance(found, tuple) else Work(int(found))
+
+        _FORMULAS[name] = work
+        _REGISTERED_FREE.discard(name)
+        return formula
+
+    return add
+
+
+def register_no_product(name: str) -> None:
+    """Register a primitive that computes no products."""
+    _FORMULAS.pop(name, None)
+    _REGISTERED_FREE.add(name)
+
+
+def formula_of(name: str) -> Callable[[Any], Work] | None:
+    """Return the function that counts the work of a primitive; None if it computes no product."""
+    return _FORMULAS.get(name)
+
+
+def classify(name: str) -> str:
+    """Return the class of a primitive: ``product``, ``no product``, ``unknown``, or ``composite``."""
+    if name in _FORMULAS:
+        return PRODUCT
+    if name in _REGISTERED_FREE or name in FREE | _NAMED | _SPARSE:
+        return NO_PRODUCT
+    return COMPOSITE if name in _COMPOSITE else UNKNOWN
+
+
+# -- products ------------------------------------------------------------------------------------------------------
+
+
+def _shapes(equation: Any) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Return the shapes of operands and results."""
+    sides = (equation.invars, equation.outvars)
+    inputs, outputs = ([tuple(getattr(x.aval, "shape", ())) for x in side] for side in sides)
+    return inputs, outputs
+
+
+@register_primitive("dot_general")
+@register_primitive("scaled_dot")
+@register_primitive("bcoo_dot_general_sampled")
+def _(equation: Any) -> int:
+    """Count one product along the contracted axes for each element of the result."""
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    inputs, outputs = _shapes(equation)
+    return math.prod(outputs[0]) * math.prod(inputs[0][axis] for axis in contracted)
+
+
+@register_primitive("ragged_dot_general")
+def _(equation: Any) -> int:
+    """Count a grouped product, with groups of rows, of the contracted axis or of the batch."""
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    (contracted, _), _ = numbers.dot_dimension_numbers
+    (left, _, sizes), (output,) = _shapes(equation)
+    macs = math.prod(output) * math.prod(left[axis] for axis in contracted)
+    inner = not numbers.rhs_group_dimensions and set(numbers.lhs_ragged_dimensions) <= set(contracted)
+    return macs // sizes[-1] if inner and sizes[-1] else macs
+
+
+@register_primitive("conv_general_dilated")
+def _(equation: Any) -> int:
+    """Count a convolution: each output element multiplies one kernel over the channels of its group, with zeros."""
+    inputs, outputs = _shapes(equation)
+    layout = equation.params["dimension_numbers"].rhs_spec  # (features out, features in, spatial...)
+    return math.prod(outputs[0]) * math.prod(inputs[1][axis] for axis in layout[1:])
+
+
+@register_primitive("scaled_matmul")
+@register_primitive("scaled_matmul_wrapper")
+def _(equation: Any) -> int:
+    inputs, outputs = _shapes(equation)
+    return math.prod(outputs[0]) * inputs[0][-1]
+
+
+def _attention(equation: Any, products: int) -> int:
+    """Count ``products`` products of the size of the scores, for queries and keys (batch, tokens, heads, size)."""
+    q, k = _shapes(equation)[0][:2]
+    tokens = 2 if equation.params.get("layout", 0) else 1
+    return products * math.prod(q) * k[tokens]
+
+
+for _name in ("dot_product_attention_fwd", "dot_product_attention_fp8_fwd"):
+    for _end in ("", "_wrapper"):
+        register_primitive(_name + _end)(lambda equation: _attention(equation, 2))
+        # The backward pass computes the scores again, and the gradients of values, weights, queries and keys.
+        register_primitive(_name.replace("fwd", "bwd") + _end)(lambda equation: _attention(equation, 5))
+
+
+# -- sparse --------------------------------------------------------------------------------------------------------
+
+
+@register_primitive("bcoo_dot_general")
+@register_primitive("bcsr_dot_general")
+def _(equation: Any) -> int:
+    """Count a sparse product: each stored number, padding included, multiplies the free axes of the other operand."""
+    (_, contracted), (_, batched) = equation.params["dimension_numbers"]
+    inputs, _ = _shapes(equation)
+    other = inputs[-1]
+    return math.prod(inputs[0]) * math.prod(n for axis, n in enumerate(other) if axis not in {*contracted, *batched})
+
+
+for _name in ("coo_matvec", "csr_matvec", "coo_spmv", "csr_spmv"):
+    register_primitive(_name)(lambda equation: math.prod(_shapes(equation)[0][0]))
+for _name in ("coo_matmat", "csr_matmat", "coo_spmm", "csr_spmm"):
+    register_primitive(_name)(lambda equation: math.prod(_shapes(equation)[0][0]) * _shapes(equation)[1][0][-1])
+
+
+# -- LAPACK, by structlin_nn._flops --------------------------------------------------------------------------------
+
+
+def _register(name: str, flops: Callable[[int, int, Any, list[tuple[int, ...]]], Fraction | int]) -> None:
+    """Register FLOPs for one m x n matrix, a function of the parameters and the shapes of all operands."""
+
+    def formula(equation: Any) -> int:
+        inputs, _ = _shapes(equation)
+        *batch, m, n = inputs[0]
+        return round(math.prod(batch) * flops(m, n, equation.params, inputs) / 2)
+
+    register_primitive(name)(formula)
+
+
+def _eigen(m: int, n: int, parameters: Any, inputs: Any) -> Fraction | int:
+    vectors = parameters.get("compute_left_eigenvectors", True) or parameters.get("compute_right_eigenvectors", True)
+    return FLOPS["eig" if vectors else "eigvals"](n)
+
+
+_register("cholesky", lambda m, n, p, x: FLOPS["cholesky"](n))
+_register("cholesky_update", lambda m, n, p, x: FLOPS["cholesky_update"](n))
+_register("lu", lambda m, n, p, x: FLOPS["lu"](m, n))
+_register("qr", lambda m, n, p, x: qr_flops(m, n, m if p.get("full_matrices") else min(m, n)))
+_register("geqrf", lambda m, n, p, x: FLOPS["qr"](m, n))
+_register("geqp3", lambda m, n, p, x: FLOPS["qr"](m, n))
+_register("householder_product", lambda m, n, p, x: FLOPS["householder_product"](m, n, x[1][-1]))
+_register("eigh", lambda m, n, p, x: FLOPS["eigh"](n))
+_register("eig", _eigen)
+_register("schur", lambda m, n, p, x: FLOPS["eig" if p.get("compute_schur_vectors", True) else "eigvals"](n))
+_register("svd", lambda m, n, p, x: svd_flops(m, n, p.get("compute_uv", True), p.get("full_matrices", False)))
+_register("hessenberg", lambda m, n, p, x: FLOPS["hessenberg"](n))
+_register("tridiagonal", lambda m, n, p, x: FLOPS["tridiagonal"](n))
+_register("triangular_solve", lambda m, n, p, x: FLOPS["triangular_solve"](n, x[1][-1 if p["left_side"] else -2]))
+_register("symmetric_product", lambda m, n, p, x: 2 * m * m * n)
+
+
+@register_primitive("ormqr")
+def _(equation: Any) -> int:
+    _, taus, (*batch, m, n) = _shapes(equation)[0][:3]
+    length, columns = (m, n) if equation.params.get("left", True) else (n, m)
+    return round(math.prod(batch) * FLOPS["householder_apply"](length, columns, taus[-1]) / 2)
+
+
+@register_primitive("tridiagonal_solve")
+def _(equation: Any) -> int:
+    """Count elimination and substitution along three diagonals: 3 MACs and one division for each element."""
+    return 4 * math.prod(_shapes(equation)[1][0])
+
+
+@register_primitive("fft")
+def _(equation: Any) -> Work:
+    """Count an FFT; a real FFT (RFFT, IRFFT) costs half as much as a complex one."""
+    inputs, outputs = _shapes(equation)
+    lengths = equation.params["fft_lengths"]
+    kind = equation.params["fft_type"].name
+    real = "RFFT" in kind
+    signal = outputs[0] if kind == "IRFFT" else inputs[0]
+    n = math.prod(lengths)
+    return Work(0, math.prod(signal) // n * fft_flops(n, real) if n else 0)
+
+
+__all__ = ["JaxCount", "UnknownPrimitiveError", "count"]
 
 
 class UnknownPrimitiveError(ValueError):
@@ -226,24 +483,3 @@ def count(
             "register_no_product"
         )
     return counted
-
-
-def xla_flops(function: Callable[..., Any], *inputs: Any, **keywords: Any) -> float:
-    """Return the FLOPs of a jitted function by the cost analysis of XLA, before optimisation.
-
-    XLA also counts additions and comparisons, counts each loop once, and does not count transcendental functions. For a
-    function that only computes products the result equals ``2 * macs`` of :func:`count`.
-
-    Examples
-    --------
-    >>> import jax.numpy as jnp
-    >>> xla_flops(jnp.matmul, jnp.zeros((3, 8)), jnp.zeros((8, 5)))
-    240.0
-    """
-
-    def call(*inputs: Any, **keywords: Any) -> Any:  # a new function, which jax has not lowered yet
-        return function(*inputs, **keywords)
-
-    with single_products():
-        found: Any = jax.jit(call).lower(*inputs, **keywords).cost_analysis()
-        return float(found["flops"])

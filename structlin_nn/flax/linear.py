@@ -45,8 +45,8 @@ class StructuredLinear(PlannedLayer, nnx.Module):
         ``out_sharding`` of every factor with that axis, and of the bias if it is the first axis of the output. The
         letters are those of ``print(structure)``. As for all annotated nnx variables, create the layer under
         ``jax.set_mesh``.
-    factor_metadata, bias_metadata
-        Metadata of the variables, as ``kernel_metadata`` of ``nnx.Linear``.
+    bias_metadata
+        Metadata of the bias, as for ``nnx.Linear``.
 
     Raises
     ------
@@ -67,7 +67,7 @@ class StructuredLinear(PlannedLayer, nnx.Module):
         self, in_features: int, out_features: int, *, use_bias: bool = True, dtype: Any = None,
         param_dtype: Any = jnp.float32, structure: str | AbstractStructure = "block_tensor_train",
         rms_cap: bool = False, gain: bool | None = None, rule: str = "paper", zero_init: bool = False,
-        partition: Mapping[str, str | None] = _NOTHING, factor_metadata: Mapping[str, Any] = _NOTHING,
+        partition: Mapping[str, str | None] = _NOTHING,
         bias_metadata: Mapping[str, Any] = _NOTHING, rngs: nnx.Rngs, **options: Any,
     ) -> None:  # fmt: skip
         for name, given in (("dtype", dtype), ("param_dtype", param_dtype)):
@@ -91,7 +91,7 @@ class StructuredLinear(PlannedLayer, nnx.Module):
                 setattr(self, f"index{number}", Index(order))
                 continue
             value = jax.random.normal(key, spec.shape, param_dtype) * jnp.asarray(std, param_dtype)
-            factors.append(nnx.Param(value, **{**shardings[number], **factor_metadata}))
+            factors.append(nnx.Param(value, **shardings[number]))
         self.factors = nnx.List(factors)
         self.gains = nnx.List(nnx.Param(jnp.ones((1,), param_dtype)) for _ in factors) if plan.gains else nnx.data(None)
         self.bias: Any = nnx.data(None)

@@ -17,8 +17,7 @@ import torch
 
 from structlin_nn.models.factory import LAYER_PRESETS, LinearFactory, StructureConfig
 from structlin_nn.models.files import load_model, save_model
-from structlin_nn.models.mlp import MLP, MLPConfig
-from structlin_nn.models.transformer import GPT2, GPT2Config, ViT, ViTConfig
+from structlin_nn.models.networks import GPT2, MLP, GPT2Config, MLPConfig, ViT, ViTConfig
 
 __all__ = [
     "GPT2", "LAYER_PRESETS", "MLP", "MODELS", "GPT2Config", "LinearFactory", "MLPConfig", "ModelSpec",

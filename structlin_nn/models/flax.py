@@ -20,8 +20,15 @@ from jax import Array
 from structlin_nn import models
 from structlin_nn.flax.linear import Index, StructuredLinear
 from structlin_nn.models import LinearFactory, MLPConfig, StructureConfig
-from structlin_nn.models.factory import check_images
-from structlin_nn.models.parts import AttentionParts, BlockParts, GPT2Parts, MLPBlockParts, MLPParts, ViTParts
+from structlin_nn.models.factory import (
+    AttentionParts,
+    BlockParts,
+    GPT2Parts,
+    MLPBlockParts,
+    MLPParts,
+    ViTParts,
+    check_images,
+)
 
 __all__ = ["GPT2", "MLP", "MODELS", "ViT", "base_model", "build_model"]
 
@@ -63,7 +70,7 @@ class _Model(nnx.Module):
 
 
 class MLPBlock(MLPBlockParts, nnx.Module):
-    """The block of :class:`structlin_nn.models.parts.MLPBlockParts`."""
+    """The block of :class:`structlin_nn.models.factory.MLPBlockParts`."""
 
     def __call__(self, h: Array) -> Array:
         return h + self.down(nnx.gelu(self.up(self.norm(h)), approximate=False))
@@ -85,7 +92,7 @@ class MLP(MLPParts, _Model):
 
     def make(self, linear: _Maker, config: MLPConfig) -> None:
         """Make the layers, and the fixed order of the pixels."""
-        generator = torch.Generator().manual_seed(models.mlp.PERMUTATION_SEED)
+        generator = torch.Generator().manual_seed(models.networks.PERMUTATION_SEED)
         self.permutation = Index(
             jnp.asarray(torch.randperm(math.prod(config.input_shape), generator=generator).numpy())
         )
@@ -101,7 +108,7 @@ class MLP(MLPParts, _Model):
 
 
 class Attention(AttentionParts, nnx.Module):
-    """The attention of :class:`structlin_nn.models.parts.AttentionParts`."""
+    """The attention of :class:`structlin_nn.models.factory.AttentionParts`."""
 
     def __call__(self, x: Array) -> Array:
         split = (*x.shape[:-1], self.heads, self.head_dim)
@@ -119,7 +126,7 @@ class Attention(AttentionParts, nnx.Module):
 
 
 class Block(BlockParts, nnx.Module):
-    """The block of :class:`structlin_nn.models.parts.BlockParts`."""
+    """The block of :class:`structlin_nn.models.factory.BlockParts`."""
 
     attend = Attention
 

@@ -94,8 +94,7 @@ class Processes:
     def wrap(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Return the module to call for the forward pass. ``fsdp`` replaces the parameters of `model` by sharded ones.
 
-        In bfloat16 shards are gathered and activations kept in bfloat16, and gradients are reduced in float32. Scalars
-        (gains of capped factors) are not sharded.
+        In bfloat16 shards are gathered and activations kept in bfloat16, and gradients are reduced in float32.
         """
         if self.size == 1:
             return model
@@ -105,13 +104,12 @@ class Processes:
             )
         # Logits may be a view; they are not changed in place.
         warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view", UserWarning)
-        scalars = {p for p in model.parameters() if p.ndim == 0}
         policy = MixedPrecisionPolicy()
         if dtype == torch.bfloat16:
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         for block in getattr(model, "blocks", ()):
-            fully_shard(block, mesh=self.mesh, ignored_params=scalars, mp_policy=policy)
-        sharded: Any = fully_shard(model, mesh=self.mesh, ignored_params=scalars, mp_policy=policy)
+            fully_shard(block, mesh=self.mesh, mp_policy=policy)
+        sharded: Any = fully_shard(model, mesh=self.mesh, mp_policy=policy)
         return sharded
 
     @contextmanager
@@ -121,12 +119,6 @@ class Processes:
             wrapped.set_requires_gradient_sync(last)  # type: ignore[operator]
         with wrapped.no_sync() if self.size > 1 and not self.sharded and not last else nullcontext():  # type: ignore[operator]
             yield
-
-    def average_scalars(self, model: nn.Module) -> None:
-        """Give the scalar parameters of a sharded model the mean of their gradients."""
-        gradients = [p.grad for p in model.parameters() if p.ndim == 0 and p.grad is not None] if self.sharded else []
-        if gradients:
-            torch._foreach_copy_(gradients, list((self.sum(torch.stack(gradients)) / self.size).unbind()))
 
 
 ALONE = Processes(0, 1, "ddp", torch.device("cpu"))

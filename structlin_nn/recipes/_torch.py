@@ -13,7 +13,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -89,14 +88,8 @@ def make_optimizer(config: RunConfig, model: nn.Module, base: nn.Module | None, 
     )  # fmt: skip
     if config.optimizer == "muon":
         return Muon(groups, lr=config.lr, betas=config.betas)
-    split = []  # an optimiser takes sharded or whole parameters in a group, not both
-    for group in groups:
-        for sharded in (False, True):
-            pairs = zip(group["params"], group["names"], strict=True)
-            if chosen := [(p, n) for p, n in pairs if isinstance(p, DTensor) == sharded]:
-                split.append({**group, "params": [p for p, _ in chosen], "names": [n for _, n in chosen]})
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-    return kind(split, lr=config.lr, betas=config.betas, fused=True)
+    return kind(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 def on_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -138,23 +131,6 @@ class Average:
             kept = value.detach().clone()
             value.copy_(self.tensors[name])
             self.tensors[name].copy_(kept)
-
-
-class ShardedScaler(torch.amp.GradScaler):
-    """A scaler for gradients that are sharded over the processes, beside some that are not.
-
-    torch's own takes either kind alone. Where one process finds a gradient that is not finite, all leave the step out,
-    and so all have the same scale.
-    """
-
-    def _unscale_grads_(
-        self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
-    ) -> dict[torch.device, Tensor]:
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if parts := [part for p in parameters if (part := local(p.grad)).numel()]:
-            torch._amp_foreach_non_finite_check_and_unscale_(parts, found_inf, inv_scale)
-        dist.all_reduce(found_inf, dist.ReduceOp.MAX)
-        return {found_inf.device: found_inf}
 
 
 class Steps(Run):
@@ -378,8 +354,7 @@ class TorchRun(Steps):
         self.optimizer, self.warmup = optimizer, warmup
         self.generators = dict(generators or {})
         self.rates = [group["lr"] for group in optimizer.param_groups]
-        scaler = ShardedScaler if self.group.sharded else torch.amp.GradScaler
-        self.scaler = scaler(self.device.type, enabled=self.config.precision == "float16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "float16")
         self.average = Average(self.model, self.config.ema) if self.config.ema else None
         self.sums = torch.zeros(sums, dtype=torch.float64, device=self.device)
         self.probe = Probe(self.model, self.call, probe)
@@ -419,18 +394,14 @@ class TorchRun(Steps):
 
     def gradient_norm(self) -> Tensor | None:
         """Clip the gradients to ``config.clip``, and return their norm; None if it is not needed."""
-        if self.group.sharded:
-            self.group.average_scalars(self.model)
         if not self.config.clip and not self.logs():
             return None
         self.scaler.unscale_(self.optimizer)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        kinds = {type(p.data): [q for q in parameters if type(q.data) is type(p.data)] for p in parameters}
-        norms = [get_total_norm([p.grad for p in some if p.grad is not None]) for some in kinds.values()]
-        total = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
-        for some in kinds.values() if self.config.clip else ():
-            clip_grads_with_norm_(some, self.config.clip, total)
-        return total
+        norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self.config.clip:
+            clip_grads_with_norm_(self.model.parameters(), self.config.clip, norm)
+        return norm
 
     def update(self) -> None:
         """Step the optimiser, the scaler and the average."""

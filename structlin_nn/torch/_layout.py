@@ -30,7 +30,7 @@ from structlin_nn.torch._modules import (
     sizes_of,
     structured_kind,
 )
-from structlin_nn.torch._text import from_text, to_text
+from structlin_nn.torch._operator import from_text, to_text
 from structlin_nn.torch.experts import ExpertLinear
 from structlin_nn.torch.linear import StructuredLinear
 from structlin_nn.torch.replace import _check_is_called, _switch_off_fast_paths
@@ -207,12 +207,7 @@ def _layer_at(
     if old is None or not (linear_sizes(old) or pointwise_sizes(old) or isinstance(old, StructuredLinear)):
         linear = [n for n, m in modules.items() if n and (linear_sizes(m) or isinstance(m, StructuredLinear))]
         what = "no layer" if old is None else f"a {type(old).__name__}, not a linear layer,"
-        whole, _, last = names[0].rpartition(".")
-        one = last.isdecimal() and whole in modules and num_experts(modules[whole]) is not None
-        hint = f"; the file is of an earlier state, with a layer for each expert of {whole!r}" if one else ""
-        raise ValueError(
-            f"the model has {what} at {names[0]!r}{hint}; its linear layers are {listed(linear) or 'none'}"
-        )
+        raise ValueError(f"the model has {what} at {names[0]!r}; its linear layers are {listed(linear) or 'none'}")
     if sorted(places[old]) != sorted(names):
         raise ValueError(
             f"a layer has the names {', '.join(names)} in the file, but {', '.join(places[old])} in the model"

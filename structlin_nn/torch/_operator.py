@@ -1,8 +1,9 @@
 """The operator ``structlin::chain`` of torch: the contraction of a chain as one node of a graph.
 
 It saves only its input for the backward pass, which computes the intermediates again. In a compiled or exported graph
-it is one node that runs the contraction of :mod:`structlin`. The node contains the structure as text
-(:mod:`structlin_nn.torch._text`), so a saved graph runs in any process that imports this module.
+it is one node that runs the contraction of :mod:`structlin`. A graph that is saved, or compiled in one process and run
+in another, cannot contain Python objects. So the node contains the structure as JSON text, and runs in any process that
+imports this module.
 
 Operators written in Python have no forward-mode derivatives and do not support ``torch.func.grad``. If
 :func:`structlin.execution._guard.transforming` returns True, the products must be called one by one.
@@ -10,7 +11,9 @@ Operators written in Python have no forward-mode derivatives and do not support 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,7 +24,32 @@ from structlin._arrays import ops
 from structlin.execution._gradients import chain_gradients, gradient_macs
 from structlin.execution._guard import transforming
 from structlin.execution.torch_ways import torch_chain
-from structlin_nn.torch._text import from_text
+from structlin.structure import Structure
+
+
+@lru_cache(maxsize=4096)
+def to_text(structure: Structure) -> str:
+    """Return a chain as JSON text, which :func:`from_text` parses."""
+    return json.dumps(
+        {
+            "chain": "; ".join(map(str, structure.steps)),
+            "sizes": dict(structure.sizes),
+            "d_in": structure.d_in,
+            "d_out": structure.d_out,
+        }
+    )
+
+
+@lru_cache(maxsize=4096)
+def from_text(text: str) -> Structure:
+    """Return the chain of a text of :func:`to_text`; ValueError for any other text."""
+    try:
+        content = json.loads(text)
+        chain, sizes, d_in, d_out = (content[key] for key in ("chain", "sizes", "d_in", "d_out"))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{text!r} does not describe a chain of einsums: {error!r}") from error
+    return Structure.parse(chain, sizes, d_in=d_in, d_out=d_out)
+
 
 _TORCH = ops("torch")
 

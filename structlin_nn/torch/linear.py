@@ -19,10 +19,9 @@ from structlin.execution.torch_cuda import node_tokens
 from structlin.execution.torch_ways import torch_chain
 from structlin.structure import AbstractStructure, Structure
 from structlin_nn._layer import PlannedLayer, plan_layer
-from structlin_nn.torch._operator import chain
+from structlin_nn.torch._operator import chain, to_text
 from structlin_nn.torch._script import Scriptable
 from structlin_nn.torch._step_check import watch
-from structlin_nn.torch._text import to_text
 
 __all__ = ["FactorList", "StructuredLinear", "fill", "values"]
 

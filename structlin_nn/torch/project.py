@@ -17,8 +17,7 @@ from structlin_nn._patterns import Patterns, as_patterns
 from structlin_nn._replacement import names_of, select
 from structlin_nn.torch._modules import changed, check_model, dense_layer, linear_sizes, num_experts, put
 from structlin_nn.torch._project_calibration import Forward, gather
-from structlin_nn.torch._project_layers import Choice, StructureOf, Task, dense_of
-from structlin_nn.torch._project_report import LayerProjection, ProjectionReport
+from structlin_nn.torch._project_layers import Choice, LayerProjection, ProjectionReport, StructureOf, Task, dense_of
 from structlin_nn.torch._step_check import replaced
 from structlin_nn.torch.linear import StructuredLinear
 from structlin_nn.torch.pointwise import StructuredPointwise

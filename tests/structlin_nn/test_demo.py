@@ -20,8 +20,8 @@ import structlin_nn
 from structlin_nn.cli import main
 from structlin_nn.counting import count_model
 from structlin_nn.demo import TOLERANCE, WIDTHS, configurations, row_of
+from structlin_nn.figures.compute import demo_figure
 from structlin_nn.figures.style import STYLES, save
-from structlin_nn.plots import demo_figure
 from structlin_nn.recipes.cifar import Options, train
 from structlin_nn.records import read_record
 

@@ -111,7 +111,6 @@ def test_compute(runs: Path) -> None:
     assert found["dense"][0] == [16**2 * 3000, 32**2 * 3000, 64**2 * 3000]
     assert [bar.get_width() for bar in figure.axes[1].patches] == pytest.approx([0.1, 0.1])
     assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == ("training compute (MACs)", "test error")
-    assert len(compute_figure(laws, x="a", y="b", bars=False).axes) == 1
 
 
 def test_curves(runs: Path) -> None:

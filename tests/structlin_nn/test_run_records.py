@@ -90,7 +90,7 @@ class TestDamage:
 
     def test_no_header(self, path: Path) -> None:
         path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[1:]))
-        with pytest.raises(ValueError, match=r"line 1 must be a header of schema 1 to 4, got kind 'evaluation'"):
+        with pytest.raises(ValueError, match=r"line 1 must be a header of schema 2 to 4, got kind 'evaluation'"):
             read_record(path)
 
     def test_other_schema(self, path: Path) -> None:
@@ -148,12 +148,10 @@ def test_numbers_that_json_lacks_are_refused(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("schema", "task", "whole"),
-    [(1, "cifar", True), (2, "cifar", False), (2, "gpt2", True), (3, "gpt2", False), (3, "imagenet", False)],
+    [(2, "cifar", False), (2, "gpt2", True), (3, "gpt2", False), (3, "imagenet", False)],
 )
 def test_earlier_schemas_lack_statistics(schema: int, task: str, whole: bool, tmp_path: Path) -> None:
     header = {"kind": "header", **HEADER, "schema": schema, "task": task}
-    if schema == 1:
-        del header["task"]
     keys = [key for key in (*COMMON_KEYS, *TASK_KEYS[task]) if key != "statistics"]
     line = {"kind": "evaluation", **dict.fromkeys(keys, 0), "step": 3}
     path = tmp_path / "old.jsonl"

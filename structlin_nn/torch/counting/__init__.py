@@ -17,8 +17,7 @@ from structlin_nn.torch.counting._lists import (
 )
 from structlin_nn.torch.counting._recorder import backward_macs
 from structlin_nn.torch.counting._result import CallCount, ModelCount, ModuleCount
-from structlin_nn.torch.counting._run import Counting, count
-from structlin_nn.torch.counting._timing import time_modules
+from structlin_nn.torch.counting._run import Counting, count, time_modules
 
 __all__ = [
     "CallCount", "Counting", "ModelCount", "ModuleCount", "Product", "UnknownOperationError", "backward_macs",

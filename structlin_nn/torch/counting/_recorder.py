@@ -14,7 +14,7 @@ import sys
 import threading
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
@@ -32,10 +32,35 @@ from torch.utils.checkpoint import __file__ as CHECKPOINT_FILE
 from structlin.counting import work_of
 from structlin.structure import AbstractStructure, Structure
 from structlin_nn.torch.counting._formulas import attention_pairs
-from structlin_nn.torch.counting._libraries import adapted_libraries
 from structlin_nn.torch.counting._lists import COMPOSITE, PRODUCT, UNKNOWN, WHOLE, Product, classify, formula_of
 from structlin_nn.torch.counting._result import CallCount
 from structlin_nn.torch.linear import StructuredLinear
+
+
+def _tracing_on_meta(is_tracing: Callable[..., bool]) -> Callable[..., bool]:
+    return lambda tensor=None: getattr(tensor, "is_meta", False) or is_tracing(tensor)
+
+
+_REPLACEMENTS: dict[tuple[str, str], Callable[[Any], Any]] = {
+    # Without torch.compile, flex_attention compiles itself, which torch does not support under a dispatch mode.
+    ("torch.nn.attention.flex_attention", "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"): lambda before: True,
+    # transformers reads the values of a padding mask, unless it is traced; a mask on the meta device has none.
+    ("transformers.masking_utils", "is_tracing"): _tracing_on_meta,
+}
+
+
+@contextmanager
+def adapted_libraries() -> Iterator[None]:
+    """Adapt the libraries that are imported, and restore them afterwards."""
+    with ExitStack() as stack:
+        for (name, attribute), replacement in _REPLACEMENTS.items():
+            module = sys.modules.get(name)
+            if module is not None and hasattr(module, attribute):
+                before = getattr(module, attribute)
+                stack.callback(setattr, module, attribute, before)
+                setattr(module, attribute, replacement(before))
+        yield
+
 
 aten = torch.ops.aten
 OUTSIDE = "(outside)"  # what runs in no module

@@ -279,7 +279,6 @@ def test_allocation_without_a_law(approach: int, tmp_path: Path, capsys: pytest.
         ("--size params --data tokens --budget inf", "--budget must be positive and finite, got inf"),
         ("--size params --data tokens --shared E,gamma", "unknown term 'gamma' in shared"),
         ("--size params --data tokens --approach 2 --plot a.png", "--plot is an option of --approach 3"),
-        ("--size params --data tokens --tolerance 0.2", "--tolerance is an option of --approach 2"),
         ("--size parms --data tokens", "a row has no 'parms', did you mean params?"),
     ],
 )

@@ -73,7 +73,6 @@ def test_misuse_is_one_line_and_code_2(
     line: str, message: str, captured: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("STRUCTLIN_CIFAR10", raising=False)
     Path("file").touch()
     assert main(line.split()) == 2
     out, err = captured()

@@ -44,8 +44,8 @@ class TestBytes:
         }
 
     def test_dtypes(self) -> None:
-        found = training_bytes(two_layers(), dtype="float64", activation_dtype="bfloat16", states=0)
-        assert (found["weights"], found["activations"], found["optimizer_states"]) == (8 * 103, 2 * 130, 0)
+        found = training_bytes(two_layers(), dtype="float64", activation_dtype="bfloat16", optimizer="sgd")
+        assert (found["weights"], found["activations"], found["optimizer_states"]) == (8 * 103, 2 * 130, 8 * 103)
 
     @pytest.mark.parametrize("soft", [False, True])
     def test_loss_against_torch(self, soft: bool) -> None:
@@ -102,8 +102,6 @@ class TestBytes:
             training_bytes(two_layers(), optimizer="lion")
         with pytest.raises(ValueError, match="unknown dtype 'int4'; one of float64, float32, bfloat16, float16"):
             training_bytes(two_layers(), dtype="int4")
-        with pytest.raises(ValueError, match="states must be an integer of at least 0, got -1"):
-            training_bytes(two_layers(), states=-1)
 
 
 class TestRoofline:
@@ -121,9 +119,9 @@ class TestRoofline:
         assert found.update == pytest.approx(7 * 4 * 103 / 1e6), "read 4 and write 3 numbers for each parameter"
         assert found.step == found.forward + found.backward + found.update
         assert found.other > 0
-        half = roofline(two_layers(), TOY, "bfloat16", states=0)
+        half = roofline(two_layers(), TOY, "bfloat16", optimizer="sgd")
         assert half.forward == found.forward / 2
-        assert half.update == pytest.approx(3 * 4 * 103 / 1e6)
+        assert half.update == pytest.approx(5 * 4 * 103 / 1e6)
 
     def test_bound_by_compute(self) -> None:
         layer = nn.Linear(4096, 4096, bias=False, device="meta")
@@ -153,12 +151,10 @@ class TestRoofline:
 
     def test_this_cpu(self) -> None:
         """Some three numbers that any machine of this century has."""
-        found = measure_cpu("float32", seconds=0.05)
+        found = measure_cpu("float32")
         assert 1e8 < found.rate("float32") < 1e15
         assert 1e8 < found.bandwidth < 1e13
         assert found.source == "measured now"
-        with pytest.raises(ValueError, match="seconds must be positive, got 0"):
-            measure_cpu(seconds=0)
         with pytest.raises(ValueError, match="unknown dtype 'int4'"):
             measure_cpu("int4")
         with pytest.raises(ValueError, match="in float64, float32, bfloat16 or float16, got int8"):

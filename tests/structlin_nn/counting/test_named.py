@@ -97,8 +97,8 @@ def test_gpt2_at_base_width() -> None:
 
 def test_record() -> None:
     record = count_model(
-        "gpt2", width=48, heads=2, structure="block_tensor_train", rank=2, factorization="greedy", rms_cap=True,
-        base_width=96, vocabulary=60, context=7, depth=2,
+        "gpt2", width=48, heads=2, structure="block_tensor_train", options={"rank": 2, "factorization": "greedy"},
+        rms_cap=True, base_width=96, vocabulary=60, context=7, depth=2,
     )  # fmt: skip
     assert json.loads(json.dumps(record))["model"] == "gpt2"
     assert record["base_width"] == 96
@@ -132,7 +132,7 @@ def test_record() -> None:
 
 
 def test_optimisers_and_rules() -> None:
-    keys = {"width": 256, "structure": "block_tensor_train", "rank": 4}
+    keys = {"width": 256, "structure": "block_tensor_train", "options": {"rank": 4}}
     adam, sgd = (count_model("cifar-mlp", optimizer=o, **keys)["layers"][1] for o in ("adam", "sgd"))
     for a, s in zip(adam["factors"], sgd["factors"], strict=True):
         assert a["lr_multiplier"] == pytest.approx(64 / (2 * a["fan_in"]))
@@ -147,11 +147,16 @@ def test_optimisers_and_rules() -> None:
     [
         ({"name": "gpt3"}, "unknown model 'gpt3'"),
         ({"structure": "btt"}, "unknown structure 'btt'"),
-        ({"rank": 2}, "structure 'dense' has no option 'rank'"),
-        ({"structure": "monarch", "factorization": "greedy"}, "structure 'monarch' has no option 'factorization'"),
-        ({"structure": "low_rank", "blocks": 2}, "structure 'low_rank' has no option 'blocks'"),
-        ({"structure": "kronecker", "rank_fraction": 0.5}, "structure 'kronecker' has no option 'rank_fraction'"),
-        ({"structure": "low_rank", "rank": 2, "options": {"rank": 2}}, "options rank are given twice"),
+        ({"options": {"rank": 2}}, "structure 'dense' has no option 'rank'"),
+        (
+            {"structure": "monarch", "options": {"factorization": "greedy"}},
+            "structure 'monarch' has no option 'factorization'",
+        ),
+        ({"structure": "low_rank", "options": {"blocks": 2}}, "structure 'low_rank' has no option 'blocks'"),
+        (
+            {"structure": "kronecker", "options": {"rank_fraction": 0.5}},
+            "structure 'kronecker' has no option 'rank_fraction'",
+        ),
         ({"heads": 2}, "model 'cifar-mlp' has no size 'heads'"),
         ({"name": "gpt2", "num_classes": 2}, "model 'gpt2' has no size 'num_classes'"),
         ({"layers": "last"}, "unknown layers 'last'"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from structlin_nn.data import cifar
+from structlin_nn.data import images as image_data
 
 IMAGES = 3
 
@@ -18,7 +18,7 @@ IMAGES = 3
 class Layout:
     """One official form, and the content that its files get: `images` and the labels of each kind, in order."""
 
-    form: cifar._Form
+    form: image_data._Form
     files: dict[str, bytes]
     images: np.ndarray
     labels: dict[str, np.ndarray]
@@ -60,7 +60,7 @@ def _pickle(content: dict[str, object]) -> bytes:
 
 def make_layout(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> Layout:
     """Random images and labels in the files of form `number`; three images in each, whose sums become the published."""
-    form = cifar._FORMS[name][number]
+    form = image_data._FORMS[name][number]
     rng = np.random.default_rng([len(name), number])
     limits = {"label": 10, "coarse_label": 20, "fine_label": 100}
     total = IMAGES * len(form.files)
@@ -77,9 +77,9 @@ def make_layout(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> Layo
             files[file] = np.hstack([*columns, flat]).tobytes()
     sums = {file: hashlib.md5(raw, usedforsecurity=False).hexdigest() for file, raw in files.items()}
     form = form._replace(files=sums)
-    forms = list(cifar._FORMS[name])
+    forms = list(image_data._FORMS[name])
     forms[number] = form
-    monkeypatch.setitem(cifar._FORMS, name, tuple(forms))
+    monkeypatch.setitem(image_data._FORMS, name, tuple(forms))
     return Layout(form, files, images, labels)
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from structlin_nn.models import transformer
-from structlin_nn.models.transformer import attend, attend_by_products
+from structlin_nn.models import networks
+from structlin_nn.models.networks import attend, attend_by_products
 
 
 def exact(q, k, v, causal, scale):
@@ -54,7 +54,7 @@ def test_gradients_by_products_are_those_of_finite_differences():
 )
 def test_short_sequences_of_half_precision_run_by_products(monkeypatch, dtype, tokens, train, products):
     called = []
-    monkeypatch.setattr(transformer, "attend_by_products", lambda *_, **__: called.append(1))
+    monkeypatch.setattr(networks, "attend_by_products", lambda *_, **__: called.append(1))
     with torch.set_grad_enabled(train):
         attend(*operands(dtype, tokens), causal=False, scale=1.0)
     assert bool(called) == products

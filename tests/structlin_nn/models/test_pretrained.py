@@ -10,7 +10,7 @@ from torch import Tensor
 
 from structlin_nn.generate import generate
 from structlin_nn.models import build_model
-from structlin_nn.models.pretrained import load_gpt2
+from structlin_nn.models.files import load_gpt2
 
 
 def hugging_face(**changes: Any) -> Any:

@@ -47,9 +47,10 @@ def sizes(c: Configuration) -> dict[str, Any]:
 def count(name: str, index: int) -> dict[str, Any]:
     c = SWEEPS[name][index]
     structure, options, _ = STRUCTURES[c["structure"]]
+    chosen = {key: value for key, value in options(c["options"]).items() if value is not None}
     return count_model(
         name, width=c["width"], base_width=c["base_width"], structure=structure, layers=c["layer_selection"],
-        rms_cap=c["structure"] == "btt_norm", **options(c["options"]), **sizes(c),
+        rms_cap=c["structure"] == "btt_norm", options=chosen, **sizes(c),
     )  # fmt: skip
 
 

@@ -16,7 +16,6 @@ import torch
 
 from structlin_nn.checkpoints import checkpoints, read_checkpoint
 from structlin_nn.recipes._processes import Processes, processes
-from structlin_nn.recipes._torch import ShardedScaler
 from structlin_nn.records import read_record
 from structlin_nn.trained import load_trained
 
@@ -211,39 +210,6 @@ class TestTwoProcesses:
         for line in (*one.evaluations, *two.evaluations):
             line["seconds"] = line["training_seconds"] = 0
         assert one.evaluations == two.evaluations
-
-
-class TestShardedScaler:
-    """In one process, with the answer that others would give."""
-
-    @pytest.mark.parametrize(("mine", "theirs"), [(False, False), (True, False), (False, True)])
-    @pytest.mark.parametrize("unscaled", [False, True])
-    def test_a_step_is_left_out_where_any_process_overflows(
-        self, mine: bool, theirs: bool, unscaled: bool, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        asked: list[Any] = []
-
-        def all_reduce(found: torch.Tensor, operation: Any) -> None:
-            asked.append(operation)
-            found.fill_(max(found.item(), float(theirs)))
-
-        monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-        layer = torch.nn.Linear(3, 1, bias=False)
-        before = layer.weight.detach().clone()
-        optimizer = torch.optim.Adam(layer.parameters(), lr=0.25, fused=True)
-        scaler = ShardedScaler("cpu", init_scale=64.0)
-        scaler.scale(layer(torch.ones(2, 3)).sum()).backward()
-        if mine:
-            layer.weight.grad[0, 1] = float("inf")
-        if unscaled:
-            scaler.unscale_(optimizer)
-        scaler.step(optimizer)
-        scaler.update()
-        skipped = mine or theirs
-        assert asked == [torch.distributed.ReduceOp.MAX]
-        assert torch.equal(layer.weight, before) == skipped
-        assert skipped or torch.allclose(layer.weight, before - 0.25)  # Adam's first step is its rate
-        assert scaler.get_scale() == (32.0 if skipped else 64.0)
 
 
 def test_one_process_is_found_without_an_environment() -> None:

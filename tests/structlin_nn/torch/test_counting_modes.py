@@ -437,5 +437,5 @@ class TestForms:
         assert "GFLOP/s" in found.format_tree(1)
         with pytest.raises(ValueError, match="a model on the meta device computes nothing"):
             time_modules(two().to("meta"), x(device="meta"))
-        with pytest.raises(ValueError, match="repeats must be at least 1"):
+        with pytest.raises(ValueError, match="repeats must be a positive integer, got 0"):
             time_modules(two(), x(), repeats=0)

@@ -16,8 +16,7 @@ from structlin.execution.torch_cpu import chain_of
 from structlin.structure import AbstractStructure
 from structlin.testing import dense_matrix, random_chain
 from structlin_nn.torch import StructuredLinear
-from structlin_nn.torch._operator import chain, chain_backward
-from structlin_nn.torch._text import from_text, to_text
+from structlin_nn.torch._operator import chain, chain_backward, from_text, to_text
 
 EXAMPLES = [
     pytest.param(structlin.design(name, shape, **options), id=f"{name}-{shape[0]}x{shape[1]}-{number}")

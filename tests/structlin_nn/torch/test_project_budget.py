@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from structlin_nn.torch._project_budget import allocate, hull
+from structlin_nn.torch._project_curve import allocate, hull
 
 CURVE = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 100)), min_size=1, max_size=5).map(
     lambda points: sorted((cost, float(loss)) for cost, loss in dict(points).items())

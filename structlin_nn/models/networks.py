@@ -1,4 +1,4 @@
-"""Pre-norm transformers: the vision transformer, and GPT-2."""
+"""The models in torch: the residual MLP on pixels, and pre-norm transformers (the vision transformer and GPT-2)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from structlin_nn.models.factory import (
+    AttentionParts,
+    BlockParts,
+    GPT2Parts,
     LinearFactory,
+    MLPBlockParts,
+    MLPParts,
     StructureConfig,
+    ViTParts,
     check_images,
     check_positive,
     check_shape,
     resolve_head_dim,
 )
-from structlin_nn.models.parts import AttentionParts, BlockParts, GPT2Parts, ViTParts
 from structlin_nn.torch import mlp, projections
 
 # Up to so many tokens, without and with a backward pass, batched products of bfloat16 are faster on a CPU than torch's
@@ -59,7 +64,7 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: 
 
 
 class Attention(AttentionParts, nn.Module):
-    """The attention of :class:`structlin_nn.models.parts.AttentionParts`; a ``norm`` may be given to the call."""
+    """The attention of :class:`structlin_nn.models.factory.AttentionParts`; a ``norm`` may be given to the call."""
 
     def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         """Attend over tokens (..., length, width), after ``norm`` if it is given."""
@@ -73,7 +78,7 @@ class Attention(AttentionParts, nn.Module):
 
 
 class Block(BlockParts, nn.Module):
-    """The block of :class:`structlin_nn.models.parts.BlockParts`."""
+    """The block of :class:`structlin_nn.models.factory.BlockParts`."""
 
     attend = Attention
 
@@ -200,7 +205,7 @@ class ViT(ViTParts, ImageModel):
 class GPT2Config:
     """Sizes of a :class:`GPT2`. ``context`` is the number of positions; ``head_dim`` None: width // heads.
 
-    The rest turns the paper's model into the published GPT-2 (:mod:`structlin_nn.models.pretrained`): ``qk_norm``
+    The rest turns the paper's model into the published GPT-2 (:mod:`structlin_nn.models.files`): ``qk_norm``
     normalises queries and keys; ``attention_scale`` is the factor on the attention logits, None for 8 / head_dim;
     ``bias`` gives every linear layer (but the head) and every LayerNorm a bias; ``tied`` takes the token embedding
     for the head, which then is neither structured nor zero at initialisation; ``gelu`` is ``none`` (exact) or
@@ -264,3 +269,71 @@ class GPT2(GPT2Parts, BlockModel):
     def example_input(self, batch: int = 1, device: torch.device | str | None = None) -> Tensor:
         """Return zeros of the longest shape that the model takes."""
         return torch.zeros(batch, self.config.context, dtype=torch.int64, device=device)
+
+
+PERMUTATION_SEED = 0
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """Sizes of an :class:`MLP`. ``input_shape`` is (channels, height, width); ``expansion`` that of the blocks.
+
+    ``bias=False`` leaves out the biases of layers and norms.
+    """
+
+    width: int
+    depth: int = 3
+    num_classes: int = 10
+    input_shape: tuple[int, int, int] = (3, 32, 32)
+    expansion: int = 4
+    bias: bool = True
+    structure: StructureConfig = field(default_factory=StructureConfig)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "width", "depth", "num_classes", "expansion")
+        object.__setattr__(self, "input_shape", check_shape(self.input_shape))
+
+
+class MLPBlock(MLPBlockParts, nn.Module):
+    """The block of :class:`structlin_nn.models.factory.MLPBlockParts`."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return ``h + down(gelu(up(norm(h))))``."""
+        return mlp(h, self.up, self.down, norm=self.norm, residual=True)
+
+
+class MLP(MLPParts, ImageModel):
+    """Residual MLP on permuted pixels (Qiu et al., *Compute Better Spent*, ICML 2024, section 4).
+
+    The pixels of an image are put into a fixed random order, the same for all images and models, so that no
+    structure profits from the grid. (batch, channels, height, width) -> logits (batch, num_classes).
+
+    Examples
+    --------
+    >>> model = MLP(MLPConfig(width=16, input_shape=(1, 4, 4)))
+    >>> model(torch.zeros(2, 1, 4, 4)).shape
+    torch.Size([2, 10])
+    """
+
+    block = MLPBlock
+    permutation: Tensor
+
+    def make(self, linear: LinearFactory, config: MLPConfig) -> None:
+        """Make the layers, and the fixed order of the pixels."""
+        super().make(linear, config)
+        empty = torch.empty(math.prod(config.input_shape), dtype=torch.int64, device=linear.device)
+        self.register_buffer("permutation", empty)
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """Write the fixed order of the pixels, for example after ``to_empty``."""
+        generator = torch.Generator().manual_seed(PERMUTATION_SEED)
+        self.permutation.copy_(torch.randperm(len(self.permutation), generator=generator, device="cpu"))
+
+    def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Return logits, or (logits, features): the features (batch, width) are what the output layer reads."""
+        check_images(x, self.config.input_shape)
+        h = F.gelu(self.input(x.flatten(1).index_select(1, self.permutation)))
+        h = self.blocks(h)
+        logits = self.output(h)
+        return (logits, h) if return_features else logits
