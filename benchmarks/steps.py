@@ -186,8 +186,8 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         if kind == "step":
             memory = {label: peak_of(call, contexts[label]) for label, call in calls.items()}
             if "separate" in calls:
-                least = execution.using(f"{arguments.execution},-kept")
-                memory["recomputed"] = peak_of(calls["structured"], lambda: least)
+                recomputing = partial(execution.using, f"{arguments.execution},-kept")
+                memory["recomputed"] = peak_of(calls["structured"], recomputing)
                 found["recomputed_to_wide"] = memory["recomputed"] / memory["wide"]
             found["memory_bytes"] = memory
             found["memory_to_wide"] = memory["structured"] / memory["wide"]
