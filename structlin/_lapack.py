@@ -395,6 +395,8 @@ def require_precision(x: Array, what: str) -> None:
 
 def known(x: Any) -> float | None:
     """Return the value of a real scalar; None while it is traced by jax, torch.func or on torch's meta device."""
+    if isinstance(x, float):  # also NumPy's float64
+        return float(x)
     try:
         return float(x.detach() if hasattr(x, "detach") else x)
     except (RuntimeError, TypeError, NotImplementedError):

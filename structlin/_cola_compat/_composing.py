@@ -235,6 +235,27 @@ def _rsub(self: LinearOperator, other: Any) -> Any:
     return (-self).__add__(other)
 
 
+# -- sum: its dtype is that of the first term ----------------------------------------------------------------------
+
+
+def _sum_init(self: Any, *Ms: Any) -> None:
+    self.Ms = tuple(M if isinstance(M, LinearOperator) else lazify(M) for M in Ms)
+    first, dtype = self.Ms[0], self.Ms[0].dtype
+    for M in self.Ms[1:]:
+        if M.shape != first.shape:
+            raise ValueError(f"the terms of a sum must have the same shape, got {first.shape} and {M.shape}")
+        if M.device != first.device:
+            raise ValueError(f"the terms of a sum must be on the same device, got {first.device} and {M.device}")
+        dtype = dtype if M.dtype == dtype else first.xnp.promote_types(dtype, M.dtype)
+    LinearOperator.__init__(self, dtype, first.shape)
+    self.device = first.device
+
+
+def _sum_is_broken() -> bool:
+    one, two = (operators.Dense(np.ones((1, 1), t)) for t in ("float32", "float64"))
+    return bool(operators.Sum(one, two).dtype != np.float64)
+
+
 # -- concat --------------------------------------------------------------------------------------------------------
 
 
@@ -375,6 +396,7 @@ COMPOSING = (
     ),
     Repair("scaling", lambda: is_original(implementation("mul", LinearOperator, object)), _repair_scaling),
     replacing("subtract", (LinearOperator, "__rsub__", _rsub), broken=lambda: not hasattr(LinearOperator, "__rsub__")),
+    replacing("sum", (operators.Sum, "__init__", _sum_init), broken=_sum_is_broken),
     SLICING,
     replacing(
         "concat",
