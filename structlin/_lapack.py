@@ -508,8 +508,7 @@ def needs_grad(x: Array) -> bool:
 def inverse_values(values: Array, smallest: float) -> Array:
     """Return 1 / x; LinAlgError if the ratio of the smallest to the largest magnitude is at most ``smallest``."""
     xp = lapack(values)
-    (fixed,) = seen(values)
-    size = abs(fixed)
+    size = abs(values if isinstance(values, np.ndarray) else seen(values)[0])
     least, most = known(size.min()), known(size.max()) if smallest else 0.0
     if least is None or most is None:
         return 1 / xp.where(size > smallest * (size.max() if smallest else 0), values, values * 0 + float("nan"))

@@ -243,12 +243,16 @@ def _sum_init(self: Any, *Ms: Any) -> None:
     first, dtype = self.Ms[0], self.Ms[0].dtype
     for M in self.Ms[1:]:
         if M.shape != first.shape:
-            raise ValueError(f"the terms of a sum must have the same shape, got {first.shape} and {M.shape}")
+            raise ValueError(f"shape mismatch: the terms of a sum have shapes {first.shape} and {M.shape}")
         if M.device != first.device:
             raise ValueError(f"the terms of a sum must be on the same device, got {first.device} and {M.device}")
         dtype = dtype if M.dtype == dtype else first.xnp.promote_types(dtype, M.dtype)
-    LinearOperator.__init__(self, dtype, first.shape)
-    self.device = first.device
+    if all(M.xnp is first.xnp for M in self.Ms):
+        vars(self).update(dtype=dtype, shape=first.shape, xnp=first.xnp)
+        vars(self)["annotations"] = set(get_annotations(self))
+    else:
+        LinearOperator.__init__(self, dtype, first.shape)
+    vars(self)["device"] = first.device
 
 
 def _sum_is_broken() -> bool:

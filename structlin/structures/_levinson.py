@@ -174,7 +174,7 @@ def _by_lapack(kernel: np.ndarray, b: np.ndarray, size: float) -> np.ndarray | N
 
 
 def _norms(x: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.einsum("ij,ij->j", x.conj(), x).real)
+    return np.sqrt(np.einsum("ij,ij->j", x.conj() if np.iscomplexobj(x) else x, x).real)
 
 
 def _is_good(A: Callable[[np.ndarray], np.ndarray], x: np.ndarray, b: np.ndarray, size: float) -> bool:
