@@ -135,10 +135,7 @@ class StructuredOperator(LinearOperator):
 
     def isa(self, annotation: type) -> bool:
         """Return whether the operator has the annotation, or one that implies it."""
-        for own in self._annotations:
-            if issubclass(own, annotation):
-                return True
-        return False
+        return any(issubclass(own, annotation) for own in self._annotations)
 
     @property
     def backend(self) -> str:

@@ -400,7 +400,7 @@ COMPOSING = (
     ),
     Repair("scaling", lambda: is_original(implementation("mul", LinearOperator, object)), _repair_scaling),
     replacing("subtract", (LinearOperator, "__rsub__", _rsub), broken=lambda: not hasattr(LinearOperator, "__rsub__")),
-    replacing("sum", (operators.Sum, "__init__", _sum_init), broken=_sum_is_broken),
+    replacing("terms", (operators.Sum, "__init__", _sum_init), broken=_sum_is_broken),
     SLICING,
     replacing(
         "concat",

@@ -28,6 +28,7 @@ from structlin.algebra import roles
 from structlin.operators import StructuredOperator, is_inexact
 
 DENSE_LIMIT = 8192
+_STATIC = ("xnp", "shape", "dtype", "device", "annotations")  # attributes of all operators of CoLA
 _SMALL = 128  # rows up to which the condition number is computed, not bounded by a random vector
 
 
@@ -183,7 +184,7 @@ def _in_dtype(value: Any, dtype: Any) -> Any:
         copy = object.__new__(type(value))
         fields = vars(copy)
         for name, held in vars(value).items():
-            fields[name] = held if name in LinearOperator._dynamic else _in_dtype(held, dtype)
+            fields[name] = held if name in _STATIC else _in_dtype(held, dtype)
         fields["dtype"] = dtype
         return copy
     if isinstance(value, tuple | list):

@@ -345,6 +345,7 @@ def inv_quad_logdet(A: LinearOperator, b: Array, *, full_output: bool = False) -
     if not is_array(b) or tuple(b.shape) != (n,):
         got = tuple(b.shape) if is_array(b) else type(b).__qualname__
         raise ValueError(f"a quadratic form of an operator of shape {tuple(A.shape)} needs a vector ({n},), got {got}")
+    A, b = _in_one_dtype(A, b)
     xp = lapack(b)
     if not A.isa(SelfAdjoint) or backend_of(b) == "jax" or is_transformed(b) or str(A.dtype) != str(b.dtype):
         answer = solve(A, b, full_output=True) if full_output else Answer(solve(A, b))
@@ -414,6 +415,7 @@ def lstsq(A: LinearOperator, b: Array, *, tolerance: float = 1e-10, max_iteratio
             f"least squares with an operator of shape {tuple(A.shape)} need an array of shape ({A.shape[0]},) or "
             f"({A.shape[0]}, k), got {shape}"
         )
+    A, b = _in_one_dtype(A, b)
     if fits_dense(A) or (isinstance(A, StructuredOperator) and A.structure.pinv(A) is not None):
         return cola.pinv(A) @ b
     return lsmr(A, b, tolerance=tolerance, max_iterations=max_iterations)
