@@ -340,6 +340,8 @@ def _determinant(found: levinson.Columns) -> tuple[np.ndarray, np.ndarray]:
 
 def _numbers(x: Array) -> np.ndarray | None:
     """Return the values in double precision; None if NumPy cannot read them without a copy between devices."""
+    if isinstance(x, np.ndarray):
+        return _double(x)
     if backend_of(x) == "jax" and not (is_known(x) and next(iter(x.devices())).platform == "cpu"):
         return None
     (x,) = seen(x)
