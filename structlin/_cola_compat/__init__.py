@@ -27,7 +27,6 @@ Composing (`structlin._cola_compat._composing`, ``_slicing``, ``_pickling``): er
                two index arrays give a submatrix where two lists give entries (now entries, as in NumPy; ``np.ix_``
                gives a submatrix).
                [row, index_array, index_pairs, reversed_rows, repeated_columns, complex_slice]
-    terms      A sum has the dtype of its first term, which may be the narrowest. [mixed_sum]
     concat     ``Concatenated`` asks for equal sizes along the wrong axis, and along axis 1 it multiplies as along
                axis 0. [concatenated]
     rows       ``X @ A`` differentiates ``A @ x`` for Kronecker, KronSum, BlockDiag, Identity, ScalarMul and

@@ -235,31 +235,6 @@ def _rsub(self: LinearOperator, other: Any) -> Any:
     return (-self).__add__(other)
 
 
-# -- sum: its dtype is that of the first term ----------------------------------------------------------------------
-
-
-def _sum_init(self: Any, *Ms: Any) -> None:
-    self.Ms = tuple(M if isinstance(M, LinearOperator) else lazify(M) for M in Ms)
-    first, dtype = self.Ms[0], self.Ms[0].dtype
-    for M in self.Ms[1:]:
-        if M.shape != first.shape:
-            raise ValueError(f"shape mismatch: the terms of a sum have shapes {first.shape} and {M.shape}")
-        if M.device != first.device:
-            raise ValueError(f"the terms of a sum must be on the same device, got {first.device} and {M.device}")
-        dtype = dtype if M.dtype == dtype else first.xnp.promote_types(dtype, M.dtype)
-    if all(M.xnp is first.xnp for M in self.Ms):
-        vars(self).update(dtype=dtype, shape=first.shape, xnp=first.xnp)
-        vars(self)["annotations"] = set(get_annotations(self))
-    else:
-        LinearOperator.__init__(self, dtype, first.shape)
-    vars(self)["device"] = first.device
-
-
-def _sum_is_broken() -> bool:
-    one, two = (operators.Dense(np.ones((1, 1), t)) for t in ("float32", "float64"))
-    return bool(operators.Sum(one, two).dtype != np.float64)
-
-
 # -- concat --------------------------------------------------------------------------------------------------------
 
 
@@ -400,7 +375,6 @@ COMPOSING = (
     ),
     Repair("scaling", lambda: is_original(implementation("mul", LinearOperator, object)), _repair_scaling),
     replacing("subtract", (LinearOperator, "__rsub__", _rsub), broken=lambda: not hasattr(LinearOperator, "__rsub__")),
-    replacing("terms", (operators.Sum, "__init__", _sum_init), broken=_sum_is_broken),
     SLICING,
     replacing(
         "concat",

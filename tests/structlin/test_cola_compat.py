@@ -288,14 +288,6 @@ def complex_slice():
         same(Dense(MAKE[backend](a))[:, 1:3] @ MAKE[backend](x), a[:, 1:3] @ x)
 
 
-@defect("terms")
-def mixed_sum():
-    for make in MAKE.values():
-        A, B = (Dense(make(draw(3, 3, seed=k, dtype=f"float{32 * k}"))) for k in (1, 2))
-        assert Sum(A, B).dtype == Sum(B, A).dtype == B.dtype
-        same(Sum(A, B) @ make(draw(3, 2)), (on_host(A.A) + on_host(B.A)) @ draw(3, 2))
-
-
 @defect("concat")
 def concatenated():
     a, b, c = draw(2, 4, seed=1), draw(3, 4, seed=2), draw(2, 5, seed=3)
