@@ -30,3 +30,14 @@ def test_products_under_transformations(name, shape, options):
     np.testing.assert_allclose(each(A, jnp.asarray(wide)), dense @ wide, atol=1e-12)
     slope = jax.jit(jax.grad(lambda x, A: jnp.sin(A @ x).sum()))
     np.testing.assert_allclose(slope(jnp.asarray(wide[:, 0]), A), np.cos(dense @ wide[:, 0]) @ dense, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+@pytest.mark.parametrize(("name", "shape", "options"), EXAMPLES)
+def test_one_column_is_multiplied_as_several_are(name, shape, options, backend):
+    A = sl.structure_class(name).random(shape, seed=0, backend=backend, dtype="float64", **options)
+    X = sl._arrays.to_backend(np.random.default_rng(1).standard_normal((shape[1], 3)), backend)
+    wanted = np.asarray(A @ X)
+    for k in range(3):
+        np.testing.assert_allclose(A @ X[:, k : k + 1], wanted[:, k : k + 1], atol=1e-12)
+        np.testing.assert_allclose(A @ X[:, k], wanted[:, k], atol=1e-12)
