@@ -437,7 +437,7 @@ def measure(
     whole = dense(case, X, arguments.dtype) if n <= arguments.dense_limit else {}
     clock = time.process_time if arguments.threads == 1 else time.perf_counter
     rows = []
-    for operation in OPERATIONS:
+    for operation in arguments.operations:
         row: dict[str, Any] = {"structure": case.name, "n": n, "columns": columns, "operation": operation}
         fast = {k: f[operation] for k, f in contestants.items() if operation in f}
         if "ours" not in fast:
@@ -493,6 +493,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 4096, 16384], help="powers of 2")
     parser.add_argument("--structures", nargs="+", default=names, choices=names)
+    parser.add_argument("--operations", nargs="+", default=list(OPERATIONS), choices=OPERATIONS)
     parser.add_argument("--columns", type=int, nargs="+", default=[16], help="right-hand sides")
     parser.add_argument("--repeats", type=int, default=5, help=f"of dense; {INNER} times as many of the others")
     parser.add_argument("--dtype", default="float64", choices=["float32", "float64"])

@@ -395,6 +395,8 @@ def require_precision(x: Array, what: str) -> None:
 
 def known(x: Any) -> float | None:
     """Return the value of a real scalar; None while it is traced by jax, torch.func or on torch's meta device."""
+    if isinstance(x, float):  # also NumPy's float64
+        return float(x)
     try:
         return float(x.detach() if hasattr(x, "detach") else x)
     except (RuntimeError, TypeError, NotImplementedError):
@@ -506,8 +508,7 @@ def needs_grad(x: Array) -> bool:
 def inverse_values(values: Array, smallest: float) -> Array:
     """Return 1 / x; LinAlgError if the ratio of the smallest to the largest magnitude is at most ``smallest``."""
     xp = lapack(values)
-    (fixed,) = seen(values)
-    size = abs(fixed)
+    size = abs(values if isinstance(values, np.ndarray) else seen(values)[0])
     least, most = known(size.min()), known(size.max()) if smallest else 0.0
     if least is None or most is None:
         return 1 / xp.where(size > smallest * (size.max() if smallest else 0), values, values * 0 + float("nan"))

@@ -86,14 +86,14 @@ class StructuredOperator(LinearOperator):
             raise TypeError(f"structure must be an AbstractStructure, got {type(structure).__qualname__}")
         factors = tuple(factors)
         structure.check(factors)
-        if dtype is not None or not _is_inexact(factors[0].dtype):
+        if dtype is not None or not is_inexact(factors[0].dtype):
             dtype = _index_dtype(factors, dtype)
         _fill(self, structure, factors, type(self)._own_annotations(structure), dtype)
 
     @classmethod
     def _build(cls, structure: AbstractStructure, factors: tuple[Array, ...], dtype: Any = None) -> Self:
         """Return an operator of this class from checked parts, without calling the constructor of the subclass."""
-        if dtype is not None or not _is_inexact(factors[0].dtype):
+        if dtype is not None or not is_inexact(factors[0].dtype):
             dtype = _index_dtype(factors, dtype)
         return _fill(object.__new__(cls), structure, factors, cls._own_annotations(structure), dtype)
 
@@ -114,7 +114,7 @@ class StructuredOperator(LinearOperator):
         """Dtype of the factors, an object of their library."""
         for factor in self.factors:
             found = getattr(factor, "dtype", None)
-            if found is None or _is_inexact(found):
+            if found is None or is_inexact(found):
                 return found
         return self._index_dtype
 
@@ -132,6 +132,10 @@ class StructuredOperator(LinearOperator):
     def annotations(self) -> set[type]:
         """Properties that CoLA uses: SelfAdjoint, PSD, Unitary, Stiefel. A copy, because CoLA modifies such sets."""
         return set(self._annotations)
+
+    def isa(self, annotation: type) -> bool:
+        """Return whether the operator has the annotation, or one that implies it."""
+        return any(issubclass(own, annotation) for own in self._annotations)
 
     @property
     def backend(self) -> str:
@@ -370,7 +374,7 @@ def _transpose(structure: AbstractStructure) -> AbstractStructure:
 
 
 @lru_cache(maxsize=256)
-def _is_inexact(dtype: Any) -> bool:
+def is_inexact(dtype: Any) -> bool:
     return dtype_name(dtype).startswith(("float", "bfloat", "complex"))
 
 
@@ -385,7 +389,7 @@ def _check_inner(left: tuple[int, int], right: tuple[int, int]) -> None:
 
 def _index_dtype(factors: tuple[Array, ...], dtype: Any) -> Any:
     """Return the dtype of an operator whose factors are all integer arrays; None if a factor has a floating dtype."""
-    inexact = next((f.dtype for f in factors if _is_inexact(f.dtype)), None)
+    inexact = next((f.dtype for f in factors if is_inexact(f.dtype)), None)
     backend = common_backend(factors)
     if inexact is not None:
         if dtype is not None and _resolve_dtype(backend, dtype) != inexact:
@@ -407,7 +411,7 @@ def _index_dtype(factors: tuple[Array, ...], dtype: Any) -> Any:
 def _resolve_dtype(backend: str, dtype: Any) -> Any:
     """Return a floating or complex dtype of ``backend`` from a name or from any library's dtype."""
     name = dtype_name(dtype)
-    if not _is_inexact(name):
+    if not is_inexact(name):
         raise ValueError(f"an operator's dtype must be floating or complex, got {name}")
     if backend == "torch":
         import torch
@@ -435,17 +439,17 @@ def _promoted(factors: tuple[Array, ...], X: Array) -> tuple[tuple[Array, ...], 
             break
     else:
         return factors, X
-    inexact = [f.dtype for f in factors if _is_inexact(f.dtype)]
+    inexact = [f.dtype for f in factors if is_inexact(f.dtype)]
     if not inexact:
         return factors, X
     xnp = functions_of(backend_of(X))
     common = xnp.promote_types(inexact[0], dtype)
     cast = xnp.cast
-    return tuple(cast(f, common) if _is_inexact(f.dtype) else f for f in factors), cast(X, common)
+    return tuple(cast(f, common) if is_inexact(f.dtype) else f for f in factors), cast(X, common)
 
 
 def _moved(x: Array, backend: str, device: Any, dtype: Any) -> Array:
-    if dtype is not None and _is_inexact(x.dtype):
+    if dtype is not None and is_inexact(x.dtype):
         if _is_complex(x.dtype) and not _is_complex(dtype):
             raise ValueError(f"casting {x.dtype} to {dtype} would drop the imaginary part; give a complex dtype")
     else:

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from cola.annotations import PSD, SelfAdjoint, Stiefel, Unitary
+from cola.annotations import PSD, SelfAdjoint, Stiefel, Unitary, get_annotations
 from cola.backends import np_fns
+from cola.fns import lazify
 from cola.linalg.algorithm_base import Algorithm
 from cola.linalg.decompositions.decompositions import Arnoldi, Lanczos
 from cola.linalg.trace.diag_trace import trace
@@ -188,12 +189,22 @@ def _rtruediv(self: LinearOperator, c: Any) -> Any:
     raise TypeError("cannot divide by an operator; write c * cola.inv(A)")
 
 
-_init = Sum.__init__
-
-
 def _sum_init(self: Any, *Ms: Any) -> None:
-    _init(self, *Ms)
-    self.dtype = reduce(self.xnp.promote_types, (M.dtype for M in self.Ms))
+    self.Ms = tuple(M if isinstance(M, LinearOperator) else lazify(M) for M in Ms)
+    first, fields = self.Ms[0], vars(self)
+    for M in self.Ms[1:]:
+        if M.shape != first.shape:
+            raise ValueError(f"shape mismatch: the terms of a sum have shapes {first.shape} and {M.shape}")
+        if M.device != first.device:
+            raise ValueError(f"the terms of a sum must be on the same device, got {first.device} and {M.device}")
+    if all(M.xnp is first.xnp for M in self.Ms):
+        fields.update(dtype=first.dtype, shape=first.shape, xnp=first.xnp)
+        fields["annotations"] = set(get_annotations(self))
+    else:
+        LinearOperator.__init__(self, first.dtype, first.shape)
+    dtypes = [M.dtype for M in self.Ms]
+    fields["dtype"] = dtypes[0] if len(set(dtypes)) == 1 else reduce(self.xnp.promote_types, dtypes)
+    fields["device"] = first.device
 
 
 VALUES = (

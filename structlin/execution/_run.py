@@ -17,6 +17,7 @@ class _Executor:
     def prepare(self, structure: Structure) -> None:
         plan_of(structure, True)
         plan_of(structure, False)
+        plan_of(structure, False, one=True)
 
     def run(
         self, structure: Structure, factors: Sequence[Array], x: Array, bias: Array | None, rows: bool,

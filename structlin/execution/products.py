@@ -3,7 +3,8 @@
 The tokens (vectors) are a further carried axis ``*``. Between the steps the tokens are innermost, so copies move
 contiguous runs of tokens: ``(batch, free, contracted) @ (batch, contracted, carried * tokens)``. For row-major input
 the first step reads rows and the last one writes them, as transposed operands of their products. In chains without
-batch axes every step reads and writes rows, ``(tokens * carried, contracted) @ (contracted, free)``.
+batch axes every step reads and writes rows, ``(tokens * carried, contracted) @ (contracted, free)``. With one column,
+each step takes the one of the two forms for which the activation is already in order.
 """
 
 from __future__ import annotations
@@ -81,8 +82,8 @@ class Plan:
         return x
 
 
-def make_plan(steps: Sequence[Step], sizes: Mapping[str, int], rows: bool) -> Plan:
-    """Compute the permutations for row-major (``rows``) or column-major activations."""
+def make_plan(steps: Sequence[Step], sizes: Mapping[str, int], rows: bool, one: bool = False) -> Plan:
+    """Compute the permutations for row-major (``rows``) or column-major activations, or for ``one`` column."""
 
     def size(axes: str) -> int:
         return math.prod(sizes[a] for a in axes)
@@ -92,7 +93,7 @@ def make_plan(steps: Sequence[Step], sizes: Mapping[str, int], rows: bool) -> Pl
         return Permute(view, source.index(_TOKENS), tuple(source.index(a) for a in target))
 
     def written(axes: str) -> str:
-        return _TOKENS + axes if rows else axes + _TOKENS
+        return _TOKENS + axes if rows or one else axes + _TOKENS
 
     no_batch = not any(step.batch for step in steps)
     labels = written(steps[0].input)
@@ -102,10 +103,10 @@ def make_plan(steps: Sequence[Step], sizes: Mapping[str, int], rows: bool) -> Pl
             plan.append(permute(labels, written(steps[number - 1].output)))
             labels = written(step.input)
         batch, carried = ("".join(a for a in labels if a in role) for role in (step.batch, step.carried))
-        rows_in = rows and no_batch
+        rows_in = labels == _TOKENS + batch + carried + step.contracted if one else rows and no_batch
         rows_out = rows_in or (rows and number == len(steps) - 1)
-        rest = _TOKENS + carried if rows_in else carried + _TOKENS
-        target = batch + rest + step.contracted if rows_in else batch + step.contracted + rest
+        first, rest = (_TOKENS, carried) if one else ("", _TOKENS + carried if rows_in else carried + _TOKENS)
+        target = first + batch + (rest + step.contracted if rows_in else step.contracted + rest)
         factor_target = batch + step.free + step.contracted
         plan.append(
             Product(
@@ -121,17 +122,17 @@ def make_plan(steps: Sequence[Step], sizes: Mapping[str, int], rows: bool) -> Pl
                 carried=size(carried),
             )
         )
-        labels = batch + rest + step.free if rows_out else batch + step.free + rest
+        labels = first + batch + (rest + step.free if rows_out else step.free + rest)
     plan.append(permute(labels, written(steps[-1].output)))
     return Plan(tuple(plan))
 
 
-def plan_of(structure: Structure, rows: bool = True) -> Plan:
+def plan_of(structure: Structure, rows: bool = True, one: bool = False) -> Plan:
     """Return the plan of a structure, which is computed once."""
-    key = "products", rows
+    key = "products", rows, one
     found = structure._kept.get(key)
     if found is None:
-        found = structure._kept[key] = make_plan(structure.steps, dict(structure.sizes), rows)
+        found = structure._kept[key] = make_plan(structure.steps, dict(structure.sizes), rows, one)
     return found
 
 
@@ -145,7 +146,8 @@ def products(structure: Structure, factors: Sequence[Array], x: Array, xp: Simpl
     if pad_in:
         x = xp.pad_last(x, pad_in) if rows else xp.pad_first(x, pad_in)
     full = structure.d_out + pad_out
-    y = plan_of(structure, rows)(factors, x, tokens, xp).reshape((tokens, full) if rows else (full, tokens))
+    plan = plan_of(structure, rows, one=not rows and tokens == 1)
+    y = plan(factors, x, tokens, xp).reshape((tokens, full) if rows else (full, tokens))
     if not pad_out:
         return y
     return y[:, : structure.d_out] if rows else y[: structure.d_out]

@@ -14,7 +14,7 @@ from cola.ops import Adjoint, BlockDiag, LinearOperator, ScalarMul, Transpose
 from cola.ops import Kronecker as ColaKronecker
 
 from structlin._arrays import Array, to_backend
-from structlin._cola_compat import as_scalar, scalar_mul
+from structlin._cola_compat import as_scalar, is_array, scalar_mul
 from structlin._lapack import (
     eps,
     known,
@@ -25,9 +25,10 @@ from structlin._lapack import (
     small_views,
 )
 from structlin.algebra import roles
-from structlin.operators import StructuredOperator
+from structlin.operators import StructuredOperator, is_inexact
 
 DENSE_LIMIT = 8192
+_STATIC = ("xnp", "shape", "dtype", "device", "annotations")  # attributes of all operators of CoLA
 _SMALL = 128  # rows up to which the condition number is computed, not bounded by a random vector
 
 
@@ -78,9 +79,10 @@ def require_operator(A: Any, name: str = "A") -> None:
 
 def require_square(A: LinearOperator, what: str, instead: str = "") -> int:
     """Return the size of a square operator; ValueError for any other."""
-    if A.shape[0] != A.shape[1]:
+    rows, columns = A.shape
+    if rows != columns:
         raise ValueError(f"{what} needs a square operator, got shape {tuple(A.shape)}{instead}")
-    return int(A.shape[0])
+    return int(rows)
 
 
 def require_limits(tolerance: float, max_iterations: int) -> None:
@@ -158,6 +160,40 @@ def by_members(A: LinearOperator, f: Callable[[LinearOperator], LinearOperator])
 def has_square_members(A: LinearOperator) -> bool:
     """Whether all members of a Kronecker or block-diagonal operator are square."""
     return all(M.shape[0] == M.shape[1] for M in A.Ms)
+
+
+def dtypes_of(A: LinearOperator) -> set[Any]:
+    """Return the dtypes of the floating and complex arrays of A."""
+    if isinstance(A, StructuredOperator):
+        return {A.dtype} if A._index_dtype is None else set()
+    return {x.dtype for x in A.flatten()[0] if hasattr(x, "dtype") and is_inexact(x.dtype)}
+
+
+def in_dtype(A: LinearOperator, dtype: Any) -> LinearOperator | None:
+    """Return A with its floating and complex arrays in another dtype; None if A holds functions or unknown objects."""
+    try:
+        return _in_dtype(A, dtype)
+    except TypeError:
+        return None
+
+
+def _in_dtype(value: Any, dtype: Any) -> Any:
+    if isinstance(value, StructuredOperator):
+        return value.to(dtype=dtype)
+    if isinstance(value, LinearOperator):
+        copy = object.__new__(type(value))
+        fields = vars(copy)
+        for name, held in vars(value).items():
+            fields[name] = held if name in _STATIC else _in_dtype(held, dtype)
+        fields["dtype"] = dtype
+        return copy
+    if isinstance(value, tuple | list):
+        return type(value)(_in_dtype(held, dtype) for held in value)
+    if is_array(value):
+        return lapack(value).astype(value, dtype) if is_inexact(value.dtype) else value
+    if isinstance(value, int | slice | None):
+        return value
+    raise TypeError(f"{type(value).__qualname__} has no dtype")
 
 
 def on_host(A: StructuredOperator, *arrays: Array) -> tuple[StructuredOperator, list[np.ndarray]] | None:

@@ -121,6 +121,13 @@ def members(A: LinearOperator) -> Members | None:
     if isinstance(A, StructuredOperator):
         found = chains.kronecker_members(A, square=True)
         return None if found is None else Members(tuple(found), False)
+    if isinstance(A, Sum):
+        K, shift = without_shift(A)
+        inner = None if K is None or shift is None else members(K)
+        if inner is None:
+            return None
+        value = as_array(shift, inner.matrices[0])
+        return Members(inner.matrices, inner.add, inner.shift + value)
     if isinstance(A, ColaKronecker | KronSum):
         if len(A.Ms) < 2 or not all(M.shape[0] == M.shape[1] and fits_dense(M) for M in A.Ms):
             return None
@@ -129,13 +136,6 @@ def members(A: LinearOperator) -> Members | None:
         c, rest = without_scalars(A)
         inner = None if c is None else members(rest)
         return None if inner is None else _scaled(inner, c, A)
-    if isinstance(A, Sum):
-        K, shift = without_shift(A)
-        inner = None if K is None or shift is None else members(K)
-        if inner is None:
-            return None
-        value = as_array(shift, inner.matrices[0])
-        return Members(inner.matrices, inner.add, inner.shift + value)
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
 from typing import Any
 
 import cola
@@ -12,8 +13,8 @@ from cola.linalg import slogdet as cola_slogdet
 from cola.linalg.algorithm_base import Algorithm, Auto
 from cola.ops import KronSum, LinearOperator, Sum
 
-from structlin._arrays import Array, backend_of, ops
-from structlin._cola_compat import is_array
+from structlin._arrays import Array, backend_of
+from structlin._cola_compat import is_array, library_of
 from structlin._implicit import Solver, adjoint, backward_error, frozen, is_at_roundoff, nan_where_bad, solution
 from structlin._lapack import as_tensors, eps, follows, is_half, is_known, is_transformed, known, lapack
 from structlin._spectra import once_differentiable
@@ -22,7 +23,9 @@ from structlin.linalg import _woodbury
 from structlin.linalg._common import (
     NO_INVERSE,
     dense_inverse,
+    dtypes_of,
     fits_dense,
+    in_dtype,
     is_matrix,
     on_host,
     probe,
@@ -90,6 +93,7 @@ def solve(A: LinearOperator, b: Array, alg: Algorithm = _AUTO, *, full_output: b
     if not is_array(b):
         raise TypeError(f"b must be an array of NumPy, torch or jax, got {type(b).__qualname__}")
     n = require_square(A, "solving", NO_INVERSE)
+    A, b = _in_one_dtype(A, b)
     axis = 1 if b.ndim == 3 else 0
     if b.ndim not in (1, 2, 3) or b.shape[axis] != n:
         raise ValueError(
@@ -126,8 +130,6 @@ def _size(A: LinearOperator) -> Array:
 
 
 def _solve(A: LinearOperator, b: Array, alg: Algorithm) -> Array:
-    if isinstance(A, StructuredOperator) and A.dtype != b.dtype and A.backend == backend_of(b):
-        A, b = _in_one_dtype(A, b)
     if type(alg) is Auto and 0 not in b.shape and (A.dtype == b.dtype or str(A.dtype) == str(b.dtype)):
         found = _directly(A, b)
         if found is not None:
@@ -135,15 +137,20 @@ def _solve(A: LinearOperator, b: Array, alg: Algorithm) -> Array:
     return cola.inv(A, alg) @ b
 
 
-def _in_one_dtype(A: StructuredOperator, b: Array) -> tuple[StructuredOperator, Array]:
-    """Return both in their common dtype, in which the solution is accurate.
+def _in_one_dtype(A: LinearOperator, b: Array) -> tuple[LinearOperator, Array]:
+    """Return both in the common dtype of b, of A and of its arrays, in which the solution is accurate.
 
-    They are unchanged if A or the common dtype has half precision, and if all factors of A are indices.
+    They are unchanged if a dtype has half precision, if all arrays of A are indices, and if A holds functions.
     """
-    common = A.xnp.promote_types(A.dtype, b.dtype)
-    if is_half(A.dtype) or is_half(common) or all(map(ops(A.backend).is_integer, A.factors)):
+    own = dtypes_of(A)
+    if own == {b.dtype}:
         return A, b
-    return (A if A.dtype == common else A.to(dtype=common)), A.xnp.cast(b, common)
+    names = {str(dtype).removeprefix("torch.") for dtype in (*own, b.dtype)}
+    if len(names) == 1 or not own or any(map(is_half, names)) or library_of(A.xnp) != backend_of(b):
+        return A, b
+    common = reduce(A.xnp.promote_types, (*own, b.dtype))
+    wide = in_dtype(A, common)
+    return (A, b) if wide is None else (wide, A.xnp.cast(b, common))
 
 
 def _directly(A: LinearOperator, b: Array) -> Array | None:
@@ -338,6 +345,7 @@ def inv_quad_logdet(A: LinearOperator, b: Array, *, full_output: bool = False) -
     if not is_array(b) or tuple(b.shape) != (n,):
         got = tuple(b.shape) if is_array(b) else type(b).__qualname__
         raise ValueError(f"a quadratic form of an operator of shape {tuple(A.shape)} needs a vector ({n},), got {got}")
+    A, b = _in_one_dtype(A, b)
     xp = lapack(b)
     if not A.isa(SelfAdjoint) or backend_of(b) == "jax" or is_transformed(b) or str(A.dtype) != str(b.dtype):
         answer = solve(A, b, full_output=True) if full_output else Answer(solve(A, b))
@@ -407,6 +415,7 @@ def lstsq(A: LinearOperator, b: Array, *, tolerance: float = 1e-10, max_iteratio
             f"least squares with an operator of shape {tuple(A.shape)} need an array of shape ({A.shape[0]},) or "
             f"({A.shape[0]}, k), got {shape}"
         )
+    A, b = _in_one_dtype(A, b)
     if fits_dense(A) or (isinstance(A, StructuredOperator) and A.structure.pinv(A) is not None):
         return cola.pinv(A) @ b
     return lsmr(A, b, tolerance=tolerance, max_iterations=max_iterations)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from time import perf_counter
 from typing import Any
@@ -348,9 +348,9 @@ def _hosted(found: Woodbury) -> Callable[[Array], Array]:
 
 def verified(found: Woodbury) -> Callable[[Array], Array]:
     def solve(b: Array) -> Array:
-        ways = [found.formula, found.projected] if found.symmetric else [found.formula]
         if not is_known(b) or not is_known(found.U):
-            return _traced(found, ways[-1], b, found.size())
+            return _traced(replace(found), b)  # a copy: what a trace computes must not be kept for another
+        ways = [found.formula, found.projected] if found.symmetric else [found.formula]
         for way in ways:
             try:
                 x = way(b)
@@ -368,7 +368,8 @@ def verified(found: Woodbury) -> Callable[[Array], Array]:
     return solve
 
 
-def _traced(found: Woodbury, way: Callable[[Array], Array], b: Array, size: Array) -> Array:
+def _traced(found: Woodbury, b: Array) -> Array:
+    way, size = found.projected if found.symmetric else found.formula, found.size()
     x = way(b)
     for _ in range(2):
         x = x + way(found.residual(x, b))

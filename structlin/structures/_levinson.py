@@ -173,8 +173,10 @@ def _by_lapack(kernel: np.ndarray, b: np.ndarray, size: float) -> np.ndarray | N
     return x if _is_good(matrix.__matmul__, x, b, size) else None
 
 
-def _norms(x: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.einsum("ij,ij->j", x.conj(), x).real)
+def _norms(x: np.ndarray) -> np.ndarray | np.floating:
+    if x.shape[1] == 1:  # one number: further operations take a fraction of the time of those of arrays
+        return np.sqrt(np.vdot(x, x).real)
+    return np.sqrt(np.einsum("ij,ij->j", x.conj() if np.iscomplexobj(x) else x, x).real)
 
 
 def _is_good(A: Callable[[np.ndarray], np.ndarray], x: np.ndarray, b: np.ndarray, size: float) -> bool:

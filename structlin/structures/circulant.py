@@ -12,6 +12,7 @@ from cola.annotations import PSD, SelfAdjoint, Unitary
 
 from structlin._arrays import Array, backend_of, ops
 from structlin._lapack import (
+    as_tensors,
     determinant_of_numbers,
     eps,
     inverse_values,
@@ -20,6 +21,7 @@ from structlin._lapack import (
     promoted,
     reciprocals,
     require_precision,
+    small_views,
 )
 from structlin.registry import NamedOperator, register
 from structlin.structure import Factor
@@ -79,24 +81,15 @@ class CirculantStructure(SquareStructure):
         """Divide the transform of b by the eigenvalues."""
         column = A.factors[0]
         require_precision(b, "solving")
-        return Answer(_divided(column, b))
+        views = _views(column, b) if b.ndim == 1 or b.shape[1] == 1 else None
+        return Answer(_divided(column, b) if views is None else as_tensors(_divided(*views))[0])
 
     def slogdet(self, A: Any) -> Answer[Determinant]:
         """Multiply the eigenvalues."""
-        column, n = A.factors[0], self.size
+        column = A.factors[0]
         require_precision(column, "a determinant")
-        xp = lapack(column)
-        if xp.is_complex(column):
-            return Answer(determinant_of_numbers(xp.fft(column, n, 0)))
-        # Eigenvalues of a real circulant matrix are real at frequency 0 and n / 2, and come in conjugate pairs between.
-        spectrum = xp.rfft(column, n, 0)
-        paired = spectrum[1 : (n + 1) // 2]
-        alone = spectrum[:1] if n % 2 else xp.concat([spectrum[:1], spectrum[n // 2 :]])
-        sign, log = determinant_of_numbers(xp.real(alone))
-        if paired.shape[0]:
-            regular, pairs = determinant_of_numbers(xp.abs(paired))
-            sign, log = sign * regular, log + 2 * pairs
-        return Answer(Determinant(sign, log))
+        views = _views(column)
+        return Answer(_determinant(column) if views is None else Determinant(*as_tensors(*_determinant(*views))))
 
     def diagonal(self, A: Any, k: int) -> Answer[Array]:
         """Repeat the entry of the k-th diagonal."""
@@ -172,6 +165,26 @@ class CirculantStructure(SquareStructure):
         """Return the matrix with entries ``column[(i - j) mod d]``."""
         i = np.arange(self.size)
         return factors[0][(i[:, None] - i) % self.size]
+
+
+def _views(*arrays: Array) -> list[np.ndarray] | None:
+    """Return NumPy's views of tensors without gradients: it transforms a vector in half the time of torch."""
+    return small_views(*arrays, most=math.inf)
+
+
+def _determinant(column: Array) -> Determinant:
+    xp, n = lapack(column), column.shape[0]
+    if xp.is_complex(column):
+        return determinant_of_numbers(xp.fft(column, n, 0))
+    # Eigenvalues of a real circulant matrix are real at frequency 0 and n / 2, and come in conjugate pairs between.
+    spectrum = xp.rfft(column, n, 0)
+    paired = spectrum[1 : (n + 1) // 2]
+    alone = spectrum[:1] if n % 2 else xp.concat([spectrum[:1], spectrum[n // 2 :]])
+    sign, log = determinant_of_numbers(xp.real(alone))
+    if paired.shape[0]:
+        regular, pairs = determinant_of_numbers(xp.abs(paired))
+        sign, log = sign * regular, log + 2 * pairs
+    return Determinant(sign, log)
 
 
 def _divided(column: Array, b: Array) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from types import SimpleNamespace
 from typing import Any, Self
 
@@ -165,6 +165,11 @@ class ToeplitzStructure(AbstractStructure):
         return factors[0][np.arange(self.d_out)[:, None] - np.arange(self.d_in) + self.d_in - 1]
 
 
+@lru_cache(maxsize=1024)
+def _structure(d_out: int, d_in: int) -> ToeplitzStructure:
+    return ToeplitzStructure(d_out, d_in)
+
+
 def _repeats(structure: ToeplitzStructure) -> np.ndarray:
     """Return how many entries of the matrix each entry of the kernel gives."""
     i = np.arange(structure.d_out + structure.d_in - 1)
@@ -216,7 +221,7 @@ class Toeplitz(NamedOperator):
                 f"Toeplitz takes a first column (d_out,) and a first row (d_in,) with one entry or more each, "
                 f"got shapes {tuple(column.shape)} and {tuple(row.shape)}"
             )
-        structure = ToeplitzStructure(column.shape[0], row.shape[0])
+        structure = _structure(column.shape[0], row.shape[0])
         super(NamedOperator, self).__init__(structure, (xp.concat([xp.flip(row[1:]), column]),))
 
     @classmethod
@@ -251,7 +256,7 @@ class Toeplitz(NamedOperator):
             raise ValueError(
                 f"kernel must be a vector of at least d_out = {d_out} >= 1 entries, got shape {tuple(kernel.shape)}"
             )
-        structure = ToeplitzStructure(d_out, kernel.shape[0] - d_out + 1)
+        structure = _structure(d_out, kernel.shape[0] - d_out + 1)
         structure.check((kernel,))
         return cls._build(structure, (kernel,))
 
@@ -335,6 +340,8 @@ def _determinant(found: levinson.Columns) -> tuple[np.ndarray, np.ndarray]:
 
 def _numbers(x: Array) -> np.ndarray | None:
     """Return the values in double precision; None if NumPy cannot read them without a copy between devices."""
+    if isinstance(x, np.ndarray):
+        return _double(x)
     if backend_of(x) == "jax" and not (is_known(x) and next(iter(x.devices())).platform == "cpu"):
         return None
     (x,) = seen(x)
