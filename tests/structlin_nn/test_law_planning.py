@@ -93,7 +93,7 @@ def test_lowest_loss_within_a_budget_is_that_of_all_widths(resource: str, budget
             assert math.isqrt(row["plan"].width) ** 2 == row["plan"].width
             continue
         loss, width, samples = exhaustive(
-            row["group"], resource, budget, 16, 60 if resource == "training_flops" else 100
+            row["group"], resource, budget, 16, 30 if resource == "training_flops" else 100
         )
         assert (row["plan"].width, row["samples"]) == (width, samples)
         assert row["loss"] == pytest.approx(loss, rel=1e-12)
