@@ -91,7 +91,6 @@ def others(saved, tmp_path_factory):
     """The lines that scripts in processes of their own write. These are forked before jax has any device."""
     cache = tmp_path_factory.mktemp("cache")
     start = "import jax\nfrom jax._src import xla_bridge\nassert not xla_bridge.backends_are_initialized()\n"
-    start += "jax.config.update('jax_enable_x64', False)\n"
     cached = {f"cache {number} {how}": how for number, how in enumerate(("run", "run", "refuse"))}
     scripts = {
         "new": READ.format(saved=saved) + NEW,
