@@ -106,7 +106,7 @@ def test_more_time_gives_a_wider_model_and_more_samples() -> None:
     known["groups"] = {"dense": known["groups"]["dense"]}
 
     def dense(seconds: float) -> dict[str, Any]:
-        (row,) = plan_by_law("cifar-mlp", known, seconds, device="h100", batch_size=64, multiple_of=8, **SMALL)
+        (row,) = plan_by_law("cifar-mlp", known, seconds, device="h100", batch_size=64, multiple_of=32, **SMALL)
         return row
 
     little, much = dense(0.01), dense(0.1)
