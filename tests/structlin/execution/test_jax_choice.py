@@ -72,6 +72,12 @@ def apply(x, factors):
     return STRUCTURE.apply(factors, x)
 
 
+def exactly(x, factors):
+    """By single products in doubles, which XLA compiles as one."""
+    doubles = [np.asarray(t).astype("float64") for t in (x, *factors)]
+    return np.asarray(jax.jit(lambda x, *factors: jax_cpu.single(STRUCTURE, factors, x, None, True))(*doubles))
+
+
 def traced(function, *operands) -> str:
     """The way that a function takes, by the operations of its trace: each way has its own."""
     text = str(jax.make_jaxpr(lambda *a: function(*a))(*operands))
@@ -94,8 +100,7 @@ def test_the_choice_follows_invented_timings(fastest: str, measured) -> None:
     operands = inputs()
     assert traced(apply, *operands) == fastest
     assert execution.decisions() == {asked.key: fastest}
-    exact = np.asarray(jax_cpu.single(STRUCTURE, operands[1], operands[0], None, True))
-    np.testing.assert_allclose(apply(*operands), exact, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(apply(*operands), exactly(*operands), rtol=1e-4, atol=1e-4)
     assert measured == []
 
 
@@ -115,9 +120,7 @@ def test_a_named_way_is_right_for_rows_and_columns(name: str, dtype: str) -> Non
         pytest.skip("nothing is compiled here")
     x, factors = inputs(37, dtype)
     bias = jnp.asarray(np.random.default_rng(3).standard_normal(48), dtype)
-    exact = np.asarray(
-        jax_cpu.single(STRUCTURE, [f.astype("float64") for f in factors], x.astype("float64"), None, True)
-    )
+    exact = exactly(x, factors)
     tolerance = 1e-10 if dtype == "float64" else 0.1
     with execution.using(name):
         rows = jax_ways.run(STRUCTURE, factors, x, bias)
@@ -126,8 +129,9 @@ def test_a_named_way_is_right_for_rows_and_columns(name: str, dtype: str) -> Non
     assert made[problem(dtype=dtype).key] == name
     of_columns = replace(problem(dtype=dtype), rows=False)
     assert (made[of_columns.key] == name) == (name in names(of_columns))
-    np.testing.assert_allclose(rows.astype("float64"), exact + np.asarray(bias, "float64"), tolerance, tolerance)
-    np.testing.assert_allclose(columns.T.astype("float64"), exact, tolerance, tolerance)
+    rows, columns, bias = (np.asarray(t).astype("float64") for t in (rows, columns, bias))
+    np.testing.assert_allclose(rows, exact + bias, tolerance, tolerance)
+    np.testing.assert_allclose(columns.T, exact, tolerance, tolerance)
 
 
 def test_explain() -> None:
@@ -204,7 +208,7 @@ def test_measuring_within_a_trace(how: str, measured) -> None:
     assert execution.decisions() == {problem().key: min(timed, key=lambda name: timed[name])}
     jax.clear_caches()
     with execution.using("products"):
-        wanted = TRANSFORMED[how](x, factors)
+        wanted = jax.jit(lambda *operands: TRANSFORMED[how](*operands))(x, factors)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), found, wanted)
 
 

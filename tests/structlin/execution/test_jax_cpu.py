@@ -1,10 +1,7 @@
 """Chains in jax by the compiled passes: values, derivatives of every kind, batches, other devices, threads."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -55,10 +52,9 @@ def many_blocks():
 
 
 def forget():
-    """What was traced under other rules."""
+    """What was lowered under other rules. Functions that a test makes are traced and lowered anew in any case."""
     _jax._jitted.cache_clear()
     xla.plan_of.cache_clear()
-    jax.clear_caches()
 
 
 @pytest.fixture(params=[1, 3])
@@ -104,20 +100,36 @@ def weigh(function, weights):
     return lambda *inputs: (function(*inputs) * weights).sum()
 
 
+def weights_of(structure, tokens=101):
+    return np.random.default_rng(3).standard_normal((tokens, structure.d_out))
+
+
+def exactly(function, *inputs):
+    """What an oracle gives. It is compiled as one, for XLA takes longer for one operation after the other."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})(*inputs)
+
+
+@cache
+def exact_gradients(name):
+    """The weighted sum of the values in doubles and all its gradients, by single products."""
+    structure, factors, x = make(name)
+    every = tuple(range(1 + len(factors)))
+    return exactly(jax.value_and_grad(weigh(portable(structure), weights_of(structure)), every), x, *factors)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name, threads):
     structure, factors, x = make(name)
     matrix = dense_matrix(structure, factors)
     assert calls(compiled(structure), x, *factors) == 1
     close(compiled(structure)(x, *factors), np.asarray(x) @ matrix.T)
-    weights = np.random.default_rng(3).standard_normal((len(x), structure.d_out))
+    weights = weights_of(structure)
     every = tuple(range(1 + len(factors)))
     found = jax.jit(jax.value_and_grad(weigh(compiled(structure), weights), every))
     assert calls(found, x, *factors) == 2
-    close(found(x, *factors), jax.value_and_grad(weigh(portable(structure), weights), every)(x, *factors))
+    close(found(x, *factors), exact_gradients(name))
     for k in every:  # only some gradients
-        some = jax.grad(weigh(compiled(structure), weights), k)(x, *factors)
-        close(some, jax.grad(weigh(portable(structure), weights), k)(x, *factors))
+        close(jax.grad(weigh(compiled(structure), weights), k)(x, *factors), exact_gradients(name)[1][k])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -128,7 +140,7 @@ def test_columns(name):
     weights = np.random.default_rng(3).standard_normal((structure.d_out, len(x)))
     every = tuple(range(1 + len(factors)))
     found = jax.grad(weigh(compiled(structure, rows=False), weights), every)(x.T, *factors)
-    close(found, jax.grad(weigh(portable(structure, rows=False), weights), every)(x.T, *factors))
+    close(found, exactly(jax.grad(weigh(portable(structure, rows=False), weights), every), x.T, *factors))
 
 
 @pytest.mark.parametrize("kept", [0, 48, 101])
@@ -138,10 +150,20 @@ def test_activations_that_are_kept_change_nothing(name, kept, monkeypatch, threa
     monkeypatch.setattr(xla.XLAChain, "kept_tokens", lambda *_: kept)
     forget()
     structure, factors, x = make(name)
-    weights = np.random.default_rng(3).standard_normal((len(x), structure.d_out))
     every = tuple(range(1 + len(factors)))
-    found = jax.grad(weigh(compiled(structure), weights), every)(x, *factors)
-    close(found, jax.grad(weigh(portable(structure), weights), every)(x, *factors))
+    close(jax.grad(weigh(compiled(structure), weights_of(structure)), every)(x, *factors), exact_gradients(name)[1])
+
+
+@cache
+def of_slices(structure):
+    """Factors, inputs, weights and a bias; values and gradients by single products."""
+    factors = sl.random_factors(structure, seed=1, backend="jax", dtype="float64")
+    x, weights, bias = (
+        jnp.asarray(np.random.default_rng(k).standard_normal(shape))
+        for k, shape in enumerate([(101, structure.d_in), (101, structure.d_out), (structure.d_out,)])
+    )
+    wanted = exactly(jax.grad(weigh(portable(structure), weights), (0, 1, 2)), x, *factors)
+    return factors, x, weights, bias, exactly(portable(structure), x, *factors), wanted
 
 
 @pytest.mark.parametrize("kept", [0, 48, 101])
@@ -153,22 +175,16 @@ def test_slices_change_nothing(most, rows, kept, monkeypatch, threads):
     monkeypatch.setattr(xla.XLAChain, "kept_tokens", lambda *_: kept)
     forget()
     structure = sl.Structure.parse("pa,pfra->frp; frp,ferp->fe", p=12, a=5, f=6, r=3, e=7)
-    factors = sl.random_factors(structure, seed=1, backend="jax", dtype="float64")
-    x, weights, bias = (
-        jnp.asarray(np.random.default_rng(k).standard_normal(shape))
-        for k, shape in enumerate([(101, structure.d_in), (101, structure.d_out), (structure.d_out,)])
-    )
+    factors, x, weights, bias, exact, wanted = of_slices(structure)
     if rows:
         arguments, run = (x, *factors, bias), lambda x, *rest: jax_ways.run(structure, rest[:-1], x, rest[-1])
     else:
         arguments, run = (x.T, *factors), lambda x, *factors: jax_ways.run(structure, factors, x, rows=False).T
     of_chain = _jax.chain_of(structure, rows)
     assert (of_chain.back("float64", 1).count, of_chain.front("float64", False).count) == ((3, 2) if most else (12, 6))
-    exact = portable(structure)(x, *factors) + (bias if rows else 0)
-    close(jax.jit(run)(*arguments), exact)
+    close(jax.jit(run)(*arguments), exact + (bias if rows else 0))
     every = tuple(range(len(arguments)))
     found = jax.grad(weigh(run, weights), every)(*arguments)
-    wanted = jax.grad(weigh(lambda x, *f: portable(structure)(x, *f[:2]), weights), tuple(range(3)))(x, *factors)
     close(found[: 1 + len(factors)], (wanted[0] if rows else wanted[0].T, *wanted[1:]))
     if rows:
         close(found[-1], weights.sum(0))
@@ -179,18 +195,21 @@ def test_slices_change_nothing(most, rows, kept, monkeypatch, threads):
 @pytest.mark.parametrize("name", CASES)
 def test_other_dtypes(name, dtype):
     structure, factors, x = make(name, dtype)
-    exact = [t.astype("float64") for t in (x, *factors)]
-    weights = jnp.asarray(np.random.default_rng(3).standard_normal((len(x), structure.d_out)), dtype)
+    exact = [np.asarray(t).astype("float64") for t in (x, *factors)]
+    weights = jnp.asarray(weights_of(structure), dtype)
     every = tuple(range(1 + len(factors)))
-    found = [compiled(structure)(x, *factors)]
-    found += jax.grad(lambda *a: (compiled(structure)(*a) * weights).astype("float64").sum(), every)(x, *factors)
-    wanted = [portable(structure)(*exact)]
-    wanted += jax.grad(weigh(portable(structure), weights.astype("float64")), every)(*exact)
+
+    def both(function):
+        """Values and gradients."""
+        loss = lambda *a: (function(*a) * weights).astype("float64").sum()  # noqa: E731
+        return lambda *a: (function(*a), *jax.grad(loss, every)(*a))
+
+    assert calls(both(compiled(structure)), x, *factors) >= 2
+    found, wanted = jax.jit(both(compiled(structure)))(x, *factors), exactly(both(portable(structure)), *exact)
+    tolerance = {"float32": 1e-5, "bfloat16": 0.03}[dtype]
     for got, true in zip(found, wanted, strict=True):
         assert got.dtype == dtype
-        assert np.linalg.norm(got.astype("float64") - true) < {"float32": 1e-5, "bfloat16": 0.03}[
-            dtype
-        ] * np.linalg.norm(true)
+        assert np.linalg.norm(np.asarray(got).astype("float64") - true) < tolerance * np.linalg.norm(true)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
@@ -198,7 +217,7 @@ def test_other_dtypes(name, dtype):
 def test_bias(name, dtype):
     structure, factors, x = make(name, dtype)
     bias = jnp.asarray(np.random.default_rng(4).standard_normal(structure.d_out), dtype)
-    weights = jnp.asarray(np.random.default_rng(3).standard_normal((len(x), structure.d_out)), dtype)
+    weights = jnp.asarray(weights_of(structure), dtype)
 
     def with_bias(bias, x, *factors):
         return jax_ways.run(structure, factors, x, bias)
@@ -208,17 +227,20 @@ def test_bias(name, dtype):
 
     assert calls(with_bias, bias, x, *factors) == 1
     tolerance = 1e-11 if dtype == "float64" else 0.1
-    close(with_bias(bias, x, *factors), by_hand(bias, x, *factors), tolerance)
+    close(with_bias(bias, x, *factors), exactly(by_hand, bias, x, *factors), tolerance)
     every = tuple(range(2 + len(factors)))
-    for wanted in (every, 0, 1):
-        found = jax.grad(weigh(with_bias, weights), wanted)(bias, x, *factors)
-        if dtype == "float64":
-            close(found, jax.grad(weigh(by_hand, weights), wanted)(bias, x, *factors))
-    if dtype == "bfloat16":  # added up in float32
-        exact = weights.astype("float32").sum(0)
-        np.testing.assert_allclose(
-            jax.grad(weigh(with_bias, weights))(bias, x, *factors).astype("float32"), exact, 1e-2
-        )
+
+    def gradients(*operands):
+        """By all operands, the bias, and x."""
+        return [jax.grad(weigh(with_bias, weights), some)(*operands) for some in (every, 0, 1)]
+
+    found = jax.jit(gradients)(bias, x, *factors)
+    if dtype == "float64":
+        wanted = exactly(jax.grad(weigh(by_hand, weights), every), bias, x, *factors)
+        close(found, [wanted, *wanted[:2]])
+    else:  # added up in float32
+        exact = np.asarray(weights, "float32").sum(0)
+        np.testing.assert_allclose(np.asarray(found[1], "float32"), exact, 1e-2)
 
 
 @pytest.mark.parametrize("name", ["block_tensor_train", "tensor_train", "block_diagonal"])
@@ -278,10 +300,13 @@ def test_derivatives_along_directions(name, kept, rows, bias, monkeypatch):
                 inputs[k]
             )
 
-    for found, wanted in zip(results(layer), results(by_hand), strict=True):
-        close(jax.jit(found)(*inputs), jax.jit(wanted)(*inputs))
-        assert calls(found, *inputs) > 0
-        assert "dot_general" not in str(jax.make_jaxpr(found)(*inputs))
+    exact = exactly(lambda *inputs: [wanted(*inputs) for wanted in results(by_hand)], *inputs)
+    for found, wanted in zip(results(layer), exact, strict=True):
+        traced = jax.jit(found).trace(*inputs)
+        assert "dot_general" not in str(traced.jaxpr)
+        lowered = traced.lower()
+        assert "call @structlin_" in lowered.as_text()
+        close(lowered.compile()(*inputs), wanted)
     forget()
 
 
@@ -316,31 +341,30 @@ def test_vmap(name, rows):
     batch = jnp.stack([x, 2 * x, x - 1])
     many = [jnp.stack([f, f + 1, -f]) for f in factors]
     none = (None,) * len(factors)
+
+    def agree(change, *inputs):
+        close(jax.jit(change(compiled(structure, rows)))(*inputs), exactly(change(portable(structure, rows)), *inputs))
+
     for at, inputs in (
         ((0, *none), (batch, *factors)),
         ((2, *none), (jnp.moveaxis(batch, 0, 2), *factors)),
         ((None, *(0,) * len(factors)), (x, *many)),
         ((0, *(0,) * len(factors)), (batch, *many)),
     ):
-        close(jax.vmap(compiled(structure, rows), at)(*inputs), jax.vmap(portable(structure, rows), at)(*inputs))
+        agree(partial(jax.vmap, in_axes=at), *inputs)
     assert calls(jax.vmap(compiled(structure, rows), (0, *none)), batch, *factors) == 1
-    twice = jax.vmap(jax.vmap(compiled(structure, rows), (0, *none)), (1, *none))
-    close(
-        twice(batch[:, None], *factors),
-        jax.vmap(jax.vmap(portable(structure, rows), (0, *none)), (1, *none))(batch[:, None], *factors),
-    )
+    agree(lambda f: jax.vmap(jax.vmap(f, (0, *none)), (1, *none)), batch[:, None], *factors)
     for wanted in (0, 1, tuple(range(1 + len(factors)))):
-        each = [
-            jax.vmap(jax.grad(lambda *a, f=f: jnp.sin(f(*a)).sum(), wanted), (0, *none))(batch, *factors)
-            for f in (compiled(structure, rows), portable(structure, rows))
-        ]
-        close(*each)
+        agree(
+            lambda f, wanted=wanted: jax.vmap(jax.grad(lambda *a: jnp.sin(f(*a)).sum(), wanted), (0, *none)),
+            batch,
+            *factors,
+        )
     for wanted in (0, 1):
-        close(
-            *(
-                jax.grad(lambda *a, f=f: jnp.sin(jax.vmap(f, (0, *none))(*a)).sum(), wanted)(batch, *factors)
-                for f in (compiled(structure, rows), portable(structure, rows))
-            )
+        agree(
+            lambda f, wanted=wanted: jax.grad(lambda *a: jnp.sin(jax.vmap(f, (0, *none))(*a)).sum(), wanted),
+            batch,
+            *factors,
         )
 
 
@@ -348,16 +372,16 @@ def test_vmap(name, rows):
 def test_transposition(name):
     """Linear in x and in each factor, and the gradients in that of the output."""
     structure, factors, x = make(name, tokens=6)
-    y = portable(structure)(x, *factors)
+    y = exactly(portable(structure), x, *factors)
     inputs = [x, *factors]
-    for k, operand in enumerate(inputs):
-        both = [
-            jax.linear_transpose(lambda v, f=f, k=k: f(*inputs[:k], v, *inputs[k + 1 :]), operand)(y)
-            for f in (compiled(structure), portable(structure))
-        ]
-        close(*both)
-    backs = [jax.vjp(f, x, *factors)[1] for f in (compiled(structure), portable(structure))]
-    close(*(jax.linear_transpose(back, y)(back(y)) for back in backs))
+
+    def transposed(f):
+        for k, operand in enumerate(inputs):
+            yield jax.linear_transpose(lambda v, k=k: f(*inputs[:k], v, *inputs[k + 1 :]), operand)(y)
+        back = jax.vjp(f, x, *factors)[1]
+        yield jax.linear_transpose(back, y)(back(y))
+
+    close([*transposed(compiled(structure))], exactly(lambda: [*transposed(portable(structure))]))
 
 
 @pytest.mark.parametrize("name", ["block_tensor_train", "monarch"])
@@ -374,19 +398,20 @@ def test_inside_other_transformations(name):
             total, means = jax.lax.scan(change(layer), 0.0, stacked)
             return total + jax.lax.cond(means[0] > 0, lambda: function(x, *factors).sum(), lambda: means[1])
 
-        return jax.jit(jax.value_and_grad(loss, (0, 1)))(x, stacked)
+        return jax.value_and_grad(loss, (0, 1))
 
+    wanted = exactly(layers(portable(structure), lambda f: f), x, stacked)
     for change in (lambda f: f, jax.checkpoint):
-        close(layers(compiled(structure), change), layers(portable(structure), change))
+        close(jax.jit(layers(compiled(structure), change))(x, stacked), wanted)
 
 
 def test_one_program_in_many_threads_at_once():
     from concurrent.futures import ThreadPoolExecutor
 
     structure, factors, x = make("block_tensor_train", tokens=3000)
-    weights = np.random.default_rng(3).standard_normal((len(x), structure.d_out))
+    weights = weights_of(structure, len(x))
     run = jax.jit(jax.grad(weigh(compiled(structure), weights), (0, 1)))
-    wanted = jax.grad(weigh(portable(structure), weights), (0, 1))(x, *factors)
+    wanted = exactly(jax.grad(weigh(portable(structure), weights), (0, 1)), x, *factors)
     with ThreadPoolExecutor(8) as pool:
         for found in pool.map(lambda _: run(x, *factors), range(64)):
             close(found, wanted, 1e-9)
@@ -450,10 +475,10 @@ def test_random_chains_agree(seed, tokens, rows):
     x = x if rows else x.T
     every = tuple(range(1 + len(factors)))
     found, wanted = (
-        jax.value_and_grad(lambda *a, f=f: jnp.sin(f(*a)).sum(), every)(x, *factors)
+        jax.value_and_grad(lambda *a, f=f: jnp.sin(f(*a)).sum(), every)
         for f in (compiled(structure, rows), portable(structure, rows))
     )
-    close(found, wanted, 1e-9)
+    close(found(x, *factors), exactly(wanted, x, *factors), 1e-9)
 
 
 def test_the_code_for_short_registers(monkeypatch):
@@ -464,29 +489,5 @@ def test_the_code_for_short_registers(monkeypatch):
     forget()
     structure, factors, x = make("block_tensor_train", "float32")
     found = jax.grad(lambda *a: jnp.sin(compiled(structure)(*a)).sum(), (0, 1, 2))(x, *factors)
-    close(found, jax.grad(lambda *a: jnp.sin(portable(structure)(*a)).sum(), (0, 1, 2))(x, *factors), 1e-3)
+    close(found, exactly(jax.grad(lambda *a: jnp.sin(portable(structure)(*a)).sum(), (0, 1, 2)), x, *factors), 1e-3)
     forget()
-
-
-CACHED = """
-import sys
-import jax, jax.numpy as jnp, numpy as np
-import structlin as sl
-jax.config.update("jax_compilation_cache_dir", sys.argv[1])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-structure = sl.design("monarch", (256, 256), blocks=4)
-factors = sl.random_factors(structure, backend="jax", seed=0)
-x = jnp.ones((500, 256))
-run = jax.jit(jax.grad(lambda x, f: jnp.sin(structure.apply(f, x)).sum()))
-assert "structlin_" in run.lower(x, factors).as_text()
-print(np.asarray(run(x, factors)).sum())
-"""
-
-
-def test_programs_in_a_cache_on_disk(tmp_path):
-    """Another process that loads a compiled program from the cache registers the functions that it calls."""
-    command = [sys.executable, "-c", CACHED, str(tmp_path)]
-    first, second = (subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(2))
-    assert os.listdir(tmp_path)
-    assert first == second

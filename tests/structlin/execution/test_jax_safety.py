@@ -1,5 +1,6 @@
 """Chains in jax where something is not as usual: executables of other processes, wrong calls, failures, many sizes."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import textwrap
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -59,6 +61,11 @@ def portable(x, factors):
     return products(STRUCTURE, factors, x, sl._arrays.ops("jax"))
 
 
+def exactly(function, *operands):
+    """What an oracle gives. It is compiled as one, for XLA takes longer for one operation after the other."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})(*operands)
+
+
 def gradients(function):
     return jax.grad(lambda *operands: jnp.sin(function(*operands)).sum(), (0, 1))
 
@@ -71,14 +78,36 @@ def close(found, wanted, tolerance=1e-4):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), found, wanted)
 
 
-def process(script, *arguments, **environment):
+def process(script, *arguments, stdin=None):
     """What another process writes. It fails if the process does, also when it ends."""
-    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
-    found = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, env={**os.environ, **environment}
-    )
+    command = [sys.executable, *(["-c", textwrap.dedent(script)] if stdin is None else script), *arguments]
+    found = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, timeout=300)
     assert found.returncode == 0, found.stderr[-3000:]
     return found.stdout
+
+
+@pytest.fixture(scope="module")
+def others(saved, tmp_path_factory):
+    """The lines that scripts in processes of their own write. These are forked before jax has any device."""
+    cache = tmp_path_factory.mktemp("cache")
+    start = "import jax\nfrom jax._src import xla_bridge\nassert not xla_bridge.backends_are_initialized()\n"
+    cached = {f"cache {number} {how}": how for number, how in enumerate(("run", "run", "refuse"))}
+    scripts = {
+        "new": READ.format(saved=saved) + NEW,
+        "nothing": READ.format(saved=saved) + NOTHING,
+        "wrong": WRONG,
+        **{name: CACHED.format(folder=cache, how=how) for name, how in cached.items()},
+    }
+    scripts = {name: start + textwrap.dedent(script) for name, script in scripts.items()}
+    found = json.loads(process(["-P", str(Path(__file__).parents[2] / "isolated.py")], stdin=json.dumps(scripts)))
+    assert os.listdir(cache)
+    return found
+
+
+def written(others, name):
+    status, output = others[name]
+    assert status == 0, output[-3000:]
+    return output.splitlines()
 
 
 # -- executables of other processes ------------------------------------------------------------------------------------
@@ -100,7 +129,7 @@ READ = """
     import pickle, sys
     import jax, numpy as np
     from jax.experimental import serialize_executable
-    executable, operands, wanted = pickle.loads(open(sys.argv[1], "rb").read())
+    executable, operands, wanted = pickle.loads(open("{saved}", "rb").read())
     def check():
         found = serialize_executable.deserialize_and_load(*executable)(*operands)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, wanted)
@@ -111,35 +140,31 @@ READ = """
         except jax.errors.JaxRuntimeError as error:
             return str(error).replace("\\n", " ")
 """
-
-
-@needs_passes
-def test_an_executable_runs_in_a_new_process(saved):
-    """Before the import XLA says what is missing, and after it nothing is."""
-    script = (
-        READ
-        + """
+NEW = """
+    assert "structlin.execution.jax_cpu" not in sys.modules
     print(attempt())
     import structlin.execution.jax_cpu
     print(attempt())
-    """
-    )
-    before, after = process(script, saved).splitlines()
+"""
+NOTHING = """
+    assert "llvmlite" not in sys.modules
+    sys.modules["llvmlite"] = None
+    import structlin.execution.jax_cpu
+    print(attempt())
+"""
+
+
+@needs_passes
+def test_an_executable_runs_in_a_new_process(others):
+    """Before the import XLA says what is missing, and after it nothing is."""
+    *_, before, after = written(others, "new")
     assert "structlin_chain" in before
     assert after == "same"
 
 
 @needs_passes
-def test_an_executable_in_a_process_that_compiles_nothing(saved):
-    script = (
-        READ
-        + """
-    import structlin.execution.jax_cpu
-    print(attempt())
-    """
-    )
-    missing = "\n    import sys; sys.modules['llvmlite'] = None\n" + script
-    found = process(missing, saved)
+def test_an_executable_in_a_process_that_compiles_nothing(others):
+    found = written(others, "nothing")[-1]
     assert "structlin: " in found
     assert "llvmlite is missing" in found
 
@@ -200,7 +225,7 @@ def test_more_memory_than_the_passes_need(monkeypatch):
         patch.setattr(xla.Plan, "scratch", lambda self, size: scratch(self, 3 * size))
         executable = serialize_executable.serialize(jax.jit(run).lower(*operands).compile())
     xla.plan_of.cache_clear()
-    close(serialize_executable.deserialize_and_load(*executable)(*operands), portable(*operands))
+    close(serialize_executable.deserialize_and_load(*executable)(*operands), exactly(portable, *operands))
 
 
 CACHED = """
@@ -209,13 +234,13 @@ CACHED = """
     import jax, jax.numpy as jnp, numpy as np
     import structlin as sl
     from structlin.execution.compiled import _xla_runtime, xla
-    jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+    jax.config.update("jax_compilation_cache_dir", "{folder}")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     asked = []
     def prepare(text):
         asked.append(text)
-        if sys.argv[2] == "refuse" and len(asked) == 1:
+        if "{how}" == "refuse" and len(asked) == 1:
             raise RuntimeError("not on this processor")
         return xla._prepare(text)
     _xla_runtime._PREPARE[:] = [prepare]
@@ -231,10 +256,9 @@ CACHED = """
 
 
 @needs_passes
-def test_the_cache_of_compiled_programs(tmp_path):
+def test_the_cache_of_compiled_programs(others):
     """Another process runs what it finds there, and compiles again what it cannot run."""
-    first, second, third = (process(CACHED, tmp_path, how).splitlines() for how in ("run", "run", "refuse"))
-    assert os.listdir(tmp_path)
+    first, second, third = (written(others, name)[-2:] for name in others if name.startswith("cache"))
     assert first[0] == second[0] == third[0]
     assert first[1] == second[1]  # so many plans, and no warning
     assert "not on this processor" in third[1]
@@ -289,9 +313,9 @@ WRONG = """
 
 
 @needs_passes
-def test_wrong_calls_end_in_errors():
+def test_wrong_calls_end_in_errors(others):
     """The number of arrays, their dtypes and sizes, and what a description says: nothing runs that does not fit."""
-    first, *wrong, last = process(WRONG).splitlines()
+    first, *wrong, last = written(others, "wrong")[-23:]
     assert first == last == "well"
     arrays, descriptions = wrong[:10], wrong[10:]
     assert len(descriptions) == 11
@@ -326,7 +350,7 @@ def warned(function, *operands):
 @needs_passes
 def test_a_compiler_that_fails_is_no_error(monkeypatch):
     operands = inputs()
-    wanted = portable(*operands), gradients(portable)(*operands)
+    wanted = exactly(portable, *operands), exactly(gradients(portable), *operands)
     fail(monkeypatch)
     found, messages = warned(run, *operands)
     close(found, wanted[0])
@@ -346,7 +370,7 @@ def test_a_compiler_that_fails_in_one_direction(monkeypatch, when):
     """Activations that a compiled pass kept are for a compiled pass, and those that none kept are for none."""
     monkeypatch.setattr(xla.XLAChain, "kept_tokens", lambda *_: 96)
     operands = inputs()
-    wanted = portable(*operands), gradients(portable)(*operands)
+    wanted = exactly(portable, *operands), exactly(gradients(portable), *operands)
     if when == "before":
         with monkeypatch.context() as patch:
             fail(patch)
@@ -403,7 +427,8 @@ def test_batches_of_the_bias_alone(monkeypatch):
 
     ours = loss(lambda x, factors, bias: jax_ways.run(STRUCTURE, factors, x, bias))
     plain = loss(lambda x, factors, bias: portable(x, factors) + bias)
-    close(*(jax.vmap(jax.value_and_grad(f, (0, 1)), (0, None))(biases, factors) for f in (ours, plain)))
+    found, wanted = (jax.vmap(jax.value_and_grad(f, (0, 1)), (0, None)) for f in (ours, plain))
+    close(found(biases, factors), exactly(wanted, biases, factors))
 
 
 @needs_passes
@@ -411,7 +436,7 @@ def test_batches_of_the_bias_alone(monkeypatch):
 def test_what_is_missing_is_no_error(monkeypatch, what, tmp_path):
     """An unknown interface of XLA, no header of it, no POSIX functions, a name that is taken, and anything else."""
     operands = inputs()
-    wanted = gradients(portable)(*operands)
+    wanted = exactly(gradients(portable), *operands)
     if what == "version":
         monkeypatch.setattr(_xla_runtime, "VERSIONS", {1: ()})
     elif what == "header":
@@ -448,7 +473,7 @@ def test_no_warning_where_nothing_is_to_be_compiled(monkeypatch):
         monkeypatch.setattr(module, "host", lambda: None)
     operands = inputs()
     found, messages = warned(gradients(run), *operands)
-    close(found, gradients(portable)(*operands))
+    close(found, exactly(gradients(portable), *operands))
     assert messages == []
 
 
@@ -512,13 +537,13 @@ def test_states_go_with_their_executables():
     function(x[:200], factors)
     assert 2 <= len(_xla_runtime.STATES) < 8
     xla.plan_of.cache_clear()
-    close(kept(x, factors), portable(x, factors))
+    close(kept(x, factors), exactly(portable, x, factors))
 
 
 @needs_passes
 def test_executables_come_and_go_while_others_run():
     x, factors = inputs(900)
-    wanted = portable(x, factors)
+    wanted = exactly(portable, x, factors)
     lasting = jax.jit(run)
 
     def once(number):
