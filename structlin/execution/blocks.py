@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from typing import Any, cast
@@ -441,10 +442,13 @@ class BlockProblem:
         calls = {SEPARATE: separate} | {f"block-{which}": partial(fused, which) for which in self.kinds()}
         if names is not None:
             calls = {name: calls[name] for name in names}
+        able = {}
         with apart(self.train):
-            for call in calls.values():
-                whole(call)
-            return race({name: partial(whole, call) for name, call in calls.items()}, clock(self.threads), budget)
+            for name, call in calls.items():
+                with suppress(MemoryError, RuntimeError):  # as for ways: it is not chosen
+                    whole(call)
+                    able[name] = partial(whole, call)
+            return race(able, clock(self.threads), budget)
 
 
 @lru_cache(maxsize=128)

@@ -456,10 +456,14 @@ def settle(question: Alternatives) -> str:
     """Return the chosen alternative: pinned by a resumed run, fastest as measured, or estimated."""
     policy, key = policy_of(policy_text()), question.key
     name = question.without if BLOCK in policy.without else _pinned.get(key)
+    if name is not None and KEPT in policy.without:
+        name = name.removesuffix(KEPT)
     if name is None and policy.names:
         name = question.estimate()  # names of a policy are those of ways for chains
     if name is None:
         timed = timings_of(key)
+        if question.estimate() not in timed:  # of an earlier state, or measured with other alternatives excluded
+            timed = {}
         if not timed and policy.mode == "measure":
             timed = wisdom.write(key, question.measure())
         if KEPT in policy.without:

@@ -16,6 +16,7 @@ from structlin.execution.compiled import _objects
 
 _LOCK = threading.Lock()  # a target machine of LLVM's is used by one thread at a time
 _NUMBERS = count()  # of what was loaded: a linker takes each name once
+OPTIONS = (("opt", 3), ("jit", True))  # of the compiler
 LINKED = 64  # functions of a linker: it takes 160 KB itself, and keeps 9 KB of each
 
 
@@ -131,26 +132,37 @@ def address(function: Any) -> int:
     return found
 
 
-def load(text: str, name: str, target: Target, parameters: list[Any]) -> Callable[..., None]:
+def load(text: str, name: str, target: Target, parameters: list[Any], stored: bool = True) -> Callable[..., None]:
     """Return the function of a module; ``parameters`` are types of ctypes. Calls hold no lock of Python's.
 
-    The module is compiled, unless an earlier process has stored its code (:mod:`._objects`). The code is freed with the
-    last reference to the function. Raises :class:`CompileError` if LLVM fails in any way.
+    The module is compiled, unless an earlier process has stored its code (:mod:`._objects`). Code that contains
+    addresses of this process must not be ``stored``. The code is freed with the last reference to the function. Raises
+    :class:`CompileError` if LLVM fails in any way.
     """
     try:
         with _LOCK:
-            key = _objects.key_of(text, target, _binding().get_process_triple(), _version())
-            code = _objects.read(key)
-            if code is None:
+            key = _objects.key_of(text, target, OPTIONS, _binding().get_process_triple(), _version())
+            loaded = _stored(key, name) if stored else None
+            if loaded is None:
                 machine, module = parsed(text, target)
                 code = machine.emit_object(module)
-                _objects.write(key, code)
-            loaded = _link(code, name)
+                loaded = _link(code, name)
+                if stored:
+                    _objects.write(key, code)
         function: Any = ctypes.CFUNCTYPE(None, *parameters)(loaded[name])
     except Exception as error:  # of LLVM's: RuntimeError; and whatever else llvmlite raises, MemoryError included
         raise CompileError(f"LLVM did not compile {name!r}: {error}") from error
     function.loaded = loaded
     return function
+
+
+def _stored(key: str, name: str) -> Any:
+    """Return the code that an earlier process has stored, in memory; None if there is none that can be linked."""
+    code = _objects.read(key)
+    try:
+        return None if code is None else _link(code, name)
+    except RuntimeError:
+        return None
 
 
 @cache
@@ -174,7 +186,7 @@ def _machine(target: Target) -> Any:
     llvm = _binding()
     features = ",".join(f"+{feature}" for feature in target.features)
     machine = llvm.Target.from_triple(llvm.get_process_triple())
-    return machine.create_target_machine(cpu=target.cpu, features=features, opt=3, jit=True)
+    return machine.create_target_machine(cpu=target.cpu, features=features, **dict(OPTIONS))
 
 
 @lru_cache(maxsize=1)

@@ -74,7 +74,7 @@ def _member(number: int, count: int, target: Target) -> Callable[..., None]:
         code.put(f"call void {run}(ptr {table}, i64 {word(cut)}, i64 {word(code.add(cut, 1))}, i64 {total})")
 
     code.loop(start, shares, step, share)
-    return load(code.function("member", "ptr %job", "nounwind"), "member", target, [ctypes.c_void_p])
+    return load(code.function("member", "ptr %job", "nounwind"), "member", target, [ctypes.c_void_p], False)
 
 
 def _torch_library() -> ctypes.CDLL | None:

@@ -201,7 +201,9 @@ def _native() -> tuple[Any, Any]:
     pointer = [ctypes.c_void_p]
     deleter = "define void @done(ptr %state) {\n  store atomic i64 1, ptr %state release, align 8\n  ret void\n}"
     execute = "\n".join([*_shared(names), _execute()])
-    return _kept(load(execute, "execute", target, pointer)), _kept(load(deleter, "done", target, pointer))
+    # They contain addresses.
+    functions = load(execute, "execute", target, pointer, False), load(deleter, "done", target, pointer, False)
+    return _kept(functions[0]), _kept(functions[1])
 
 
 class _Writer(Code):

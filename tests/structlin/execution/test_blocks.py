@@ -381,6 +381,48 @@ def test_the_choice_follows_timings_and_pins() -> None:
 
 
 @pytest.mark.usefixtures("cache")
+def test_choices_without_stored_activations() -> None:
+    """`-kept` excludes them from timings and pins; timings without them do not decide for other policies."""
+    block = block_of([btt(24, 40)], btt(40, 24))
+    problem = BlockProblem(block, "float32", 64, torch.get_num_threads(), True)
+    wisdom.write(problem.key, {"separate": 3.0, "block-0": 2.0, "block-16": 2.5, "block-0kept": 1.0})
+    choice.forget()
+    with execution.using("measure"):
+        assert choice.settle(problem) == "block-0kept"
+    with execution.using("measure,-kept"):
+        assert choice.settle(problem) == "block-0"
+    choice.pin({problem.key: "block-0kept"})
+    try:
+        with execution.using("measure,-kept"):
+            assert choice.settle(problem) == "block-0"
+            assert choice.decisions()[problem.key] == "block-0"
+    finally:
+        choice._pinned.clear()
+        choice.forget()
+    wisdom.write(problem.key, {"separate": 3.0, "block-0": 2.0, "block-16": 2.5})
+    choice.forget()
+    with execution.using("measure"):
+        choice.settle(problem)
+    assert "block-0kept" in choice.timings_of(problem.key)
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_pass_that_fails_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = TorchBlock((btt(24, 40),), btt(40, 24), "gelu", (True, True))
+    run = TorchBlock.run
+
+    def fail(self: TorchBlock, x: Tensor, operands: Operands, kind: str = "0", kept: Any = None) -> Any:
+        if kind.endswith("kept"):
+            raise MemoryError
+        return run(self, x, operands, kind, kept)
+
+    monkeypatch.setattr(TorchBlock, "run", fail)
+    found = BlockProblem(block, "float32", 64, 1, True).measure()
+    assert "block-0" in found
+    assert not any(name.endswith("kept") for name in found)
+
+
+@pytest.mark.usefixtures("cache")
 def test_measuring_times_all_answers() -> None:
     block = block_of([btt(24, 40)], btt(40, 24))
     operands, x = operands_of(block, torch.float32), torch.randn(50, 24, requires_grad=True)

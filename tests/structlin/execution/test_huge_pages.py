@@ -63,6 +63,7 @@ def test_the_variable_of_numpy_disables_it(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("system", ["Darwin", "Windows"])
 def test_other_systems(monkeypatch: pytest.MonkeyPatch, system: str) -> None:
     monkeypatch.setattr(_memory.platform, "system", lambda: system)
+    assert _memory._madvise() is None
     advised(torch.empty(LEAST)).zero_()
 
 
@@ -73,8 +74,9 @@ def test_outputs_and_gradients_of_passes(calls: list[Call]) -> None:
     factors = sl.random_factors(structure, backend="torch", dtype="float32", seed=0)
     x = torch.randn(LEAST // 4096 + 9, 1024)
     chain = CPUChain(structure)
-    for kind in ("compiled", "batched", "chunked"):
-        passes = chain.passes(kind, torch.float32)
+    kinds = {kind: chain.passes(kind, torch.float32) for kind in ("compiled", "batched", "chunked")}
+    assert kinds["chunked"] is not None
+    for kind, passes in kinds.items():
         if passes is None:
             continue
         calls.clear()

@@ -126,6 +126,51 @@ def test_a_folder_of_another_user_is_not_used(cache: Path, monkeypatch: pytest.M
     assert [path.name for path in files(cache)] == [key]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="the owner of a file is checked on POSIX systems")
+def test_a_file_that_others_may_write_to_is_not_used(cache: Path, request: pytest.FixtureRequest) -> None:
+    written_by(5)
+    (path,) = files(cache)
+    path.chmod(0o666)
+    assert _objects.read(path.name) is None
+    path.chmod(0o600)
+    request.getfixturevalue("no_compiler")
+    assert written_by(5) == 5
+
+
+def test_code_that_cannot_be_linked_is_compiled_again(cache: Path) -> None:
+    written_by(5)
+    (path,) = files(cache)
+    before = path.read_bytes()
+    _objects.write(path.name, b"no object")
+    assert written_by(5) == 5
+    assert path.read_bytes() == before
+
+
+def test_code_with_addresses_is_not_stored(cache: Path) -> None:
+    target = host()
+    assert target is not None
+    text = Code().function("chain", "ptr %table", target.attributes)
+    load(text, "chain", target, [ctypes.c_void_p], False)
+    assert files(cache) == []
+
+
+def test_without_a_home_nothing_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Path:
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.setattr(_objects.wisdom, "root", fail)
+    assert written_by(5) == 5
+
+
+def test_a_failed_write_leaves_no_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    assert written_by(5) == 5
+    assert files(cache) == []
+
+
 def test_a_cache_that_is_no_folder_does_no_harm(cache: Path) -> None:
     cache.write_text("")
     assert written_by(5) == 5
@@ -136,8 +181,9 @@ def test_the_files_used_last_are_kept(cache: Path, monkeypatch: pytest.MonkeyPat
         _objects.write(f"key{number}", bytes(100))
         os.utime(_objects.folder() / f"key{number}", (number, number))
     assert _objects.read("key0") == bytes(100)  # used now
-    monkeypatch.setattr(_objects, "LIMIT", 300)
-    _objects._prune.cache_clear()
+    size = max(512 * path.stat().st_blocks or path.stat().st_size for path in files(cache))
+    monkeypatch.setattr(_objects, "LIMIT", 2 * size)
+    monkeypatch.setattr(_objects, "PRUNED", 1)
     _objects.write("key4", bytes(100))
     assert [path.name for path in files(cache)] == ["key0", "key3", "key4"]
 
