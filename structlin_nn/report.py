@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +165,9 @@ def report(
         Title of the page.
     """
     rows = select(read_rows(paths, evaluations="all", unfinished=True), dict(where or {}))
-    tasks = list(dict.fromkeys(row.get("task", "cifar") for row in rows))
+    tasks = list(dict.fromkeys(str(row.get("task", _task_of(row))) for row in rows))
     if y is None:
-        if len(tasks) > 1:
+        if len(tasks) > 1 or tasks[0] not in RESULTS:
             raise ValueError(f"the records are of {', '.join(tasks)}; choose some with --where, or a result with --y")
         y = RESULTS[tasks[0]]
     groups = group_rows(rows, list(group))
@@ -188,6 +189,10 @@ def write_report(path: Path, paths: Iterable[str | os.PathLike[str]], **settings
     text = report(paths, **settings)
     with atomic_write(path) as file:
         file.write(text.encode())
+
+
+def _task_of(row: Row) -> str:
+    return "gpt2" if "val_perplexity" in row else "imagenet" if "val_top5_error" in row else "cifar"
 
 
 def _summary(runs: Sequence[Run], y: str, rows: Sequence[Row]) -> list[str]:
@@ -248,11 +253,17 @@ def _laws(
     error: float | None, floor: bool | float, samples: int, confidence: float,
 ) -> list[str]:  # fmt: skip
     parts = ["<h2>Scaling laws</h2>"]
+    fitted = partial(
+        fitted_record, _finished(groups, runs), x, y, error=error, confidence=confidence, floor=floor, samples=samples
+    )
     try:
-        laws, record = fitted_record(
-            _finished(groups, runs), x, y, reference=reference, error=error, confidence=confidence, floor=floor,
-            samples=samples,
-        )  # fmt: skip
+        try:
+            laws, record = fitted(reference=reference)
+        except ValueError as problem:
+            if reference is None:
+                raise
+            parts.append(_note(f"nothing is compared with {reference}: {problem}"))
+            laws, record = fitted()
     except ValueError as problem:
         return [*parts, _note(f"no group can be fitted: {problem}")]
     above = " + floor" if floor is not False else ""
@@ -298,7 +309,11 @@ def _sizes(
         parts.append(_note(f"not drawn: {problem}"))
     base = reference if reference in fit.laws else default_reference(fit.laws)
     columns = ("forward_macs", "samples", y)
-    record = sizes_record(drawn, left_out, columns=columns, reference=base, confidence=confidence)
+    try:
+        record = sizes_record(drawn, left_out, columns=columns, reference=base, confidence=confidence)
+    except ValueError as problem:  # no optimum, since an exponent or a coefficient is 0
+        record = sizes_record(drawn, left_out, columns=columns, reference=None, confidence=confidence)
+        parts.append(_note(f"nothing is compared with {base}: {problem}"))
     parts.append(_table(*sizes_table(record)))
     if "multipliers" in record:
         parts.append(_table(*multipliers_table(record)))

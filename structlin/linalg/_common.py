@@ -185,13 +185,13 @@ def _in_dtype(value: Any, dtype: Any) -> Any:
         fields = vars(copy)
         for name, held in vars(value).items():
             fields[name] = held if name in _STATIC else _in_dtype(held, dtype)
-        fields["dtype"] = dtype
+        fields |= {"dtype": dtype, "annotations": set(value.annotations)}
         return copy
     if isinstance(value, tuple | list):
         return type(value)(_in_dtype(held, dtype) for held in value)
     if is_array(value):
         return lapack(value).astype(value, dtype) if is_inexact(value.dtype) else value
-    if isinstance(value, int | slice | None):
+    if isinstance(value, int | float | complex | str | slice | None):
         return value
     raise TypeError(f"{type(value).__qualname__} has no dtype")
 

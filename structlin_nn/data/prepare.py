@@ -143,7 +143,8 @@ def prepare_openwebtext(
     out, tokenizer, vocabulary, name
         As in `prepare_text`, with its errors.
     dataset, split
-        As in `structlin_nn.data._splits.load_hub`, with its errors.
+        A name on the hub, a folder of files, or one that ``save_to_disk`` wrote; and the name of a split.
+        FileNotFoundError: nothing there, or no network to look.
     column
         Name of the column of the text.
     val_fraction, seed

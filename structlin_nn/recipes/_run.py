@@ -187,6 +187,8 @@ class Run:
             raise FileExistsError(
                 f"{folder} holds a run already: resume it (--resume), or choose another folder (--out)"
             )
+        if (folder / "checkpoint.pt").exists():
+            raise ValueError(f"{folder} holds a run of an earlier version, which this one cannot resume")
         if not names:
             return None
         place, state = read_checkpoint(folder)

@@ -101,12 +101,15 @@ def test_nothing_from_elsewhere(runs: Path) -> None:
     assert text == report([runs], samples=50, title='<script>alert("1")</script>'), "the same records, the same page"
 
 
-def write_sizes(folder: Path) -> None:
-    """GPT-2 runs of several lengths, planned for twice what was spent of one."""
+def write_sizes(folder: Path, flat: bool = False) -> None:
+    """GPT-2 runs of several lengths, planned for twice what was spent of one; if ``flat``, losses are noise."""
+    generator = np.random.default_rng(0)
     for structure, gain in (("dense", 1.0), ("monarch", 2.0)):
         for macs in (1e8, 3e8, 1e9, 3e9):
             for samples in (1e5, 4e5, 1.6e6):
                 loss = 1.7 + 400 * (gain * macs) ** -0.3 + 300 * samples**-0.35
+                if flat:
+                    loss = 1.7 + 0.05 * generator.standard_normal() + 0.2 * macs**-0.01
                 noise = np.random.default_rng(int(macs * samples) % 97).standard_normal()
                 total = 3 * macs * samples
                 counts = {
@@ -144,6 +147,37 @@ def test_law_in_two_sizes_and_what_was_spent(tmp_path: Path) -> None:
     share = 1 - 6 * 3e9 * 1.6e6 / 2 / planned
     assert spent["dense"][4] == f"{100 * share:.1f} %"
     assert "less time (law)" in page.text
+
+
+def test_a_law_without_an_optimum_is_shown_without_comparisons(tmp_path: Path) -> None:
+    """Losses hardly depend on the sizes, so the fit has an exponent of 0."""
+    write_sizes(tmp_path, flat=True)
+    page = Page(report([tmp_path], samples=20))
+    assert [row[0] for row in page.tables["Law in model and data"]] == ["group", "dense", "monarch"]
+    assert "nothing is compared with dense: all coefficients and exponents must be positive" in page.text
+
+
+def test_a_reference_that_cannot_be_fitted_leaves_the_other_laws(
+    write_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    for width, error in ((16, 0.4), (32, 0.3), (64, 0.24)):
+        write_run("monarch", width, errors=(0.9, error), macs=width**2 * 1000)
+    write_run("dense", 16, errors=(0.9, 0.4), macs=10**6)
+    page = Page(report([tmp_path], samples=20, reference="dense"))
+    assert "nothing is compared with dense: dense cannot be fitted" in page.text
+    assert [row[0] for row in page.tables["Scaling laws"]] == ["group", "monarch"]
+
+
+def test_the_result_of_tables_without_a_task(tmp_path: Path) -> None:
+    """It is that of the task whose columns there are; an unknown task needs `y`."""
+    head = "record,structure,width,training_macs,total_training_macs,finished,val_loss,val_perplexity"
+    lines = [f"run{k},dense,16,{10**k},{10**k},True,{3 - k / 10},20" for k in range(6, 10)]
+    path = tmp_path / "runs.csv"
+    path.write_text("\n".join([head, *lines]) + "\n")
+    assert "lowest validation loss" in Page(report([path], samples=0)).text
+    path.write_text("\n".join([head + ",task", *(line + ",foo" for line in lines)]) + "\n")
+    with pytest.raises(ValueError, match=r"the records are of foo; choose some with --where, or a result with --y"):
+        report([path], samples=0)
 
 
 def test_runs_and_their_rates(runs: Path) -> None:

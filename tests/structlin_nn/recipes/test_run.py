@@ -346,6 +346,12 @@ class TestCheckpoints:
             with pytest.raises(ValueError, match="is damaged or of another model"):
                 read_tensors(tmp_path / "x", wrong)
 
+    def test_a_checkpoint_of_an_earlier_version(self, config: Config, options: Options) -> None:
+        options.out.mkdir()
+        (options.out / "checkpoint.pt").touch()
+        with pytest.raises(ValueError, match="holds a run of an earlier version"):
+            train(config, replace(options, resume=True))
+
 
 class TestFolder:
     def test_two_processes_in_one_folder(self, config: Config, options: Options) -> None:
