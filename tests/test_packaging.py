@@ -217,6 +217,7 @@ class TestRequirements:
             "structlin.execution.torch_ways": "torch",
             "structlin.execution.torch_cpu": "torch",
             "structlin.execution._guard": "torch",
+            "structlin.execution._memory": "torch",
             "structlin.execution._gradients": "torch",
             "structlin.execution.token_major": "torch",
             "structlin.execution.batched": "torch",

@@ -214,7 +214,7 @@ def load_gpt2(
 
     Returns
     -------
-    GPT2
+    structlin_nn.models.GPT2
         A model in evaluation mode. It has no dropout; a configuration's is for training, and not taken over.
 
     Raises
