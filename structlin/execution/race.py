@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from math import inf
 
 __all__ = ["race"]
 
@@ -28,9 +27,9 @@ def race(
     Parameters
     ----------
     calls
-        The alternatives, which have run before.
+        The alternatives. Each has been called once, so that nothing is compiled any more.
     now
-        The clock.
+        The clock, in seconds.
     budget
         Seconds after which no round begins, once the order of the best alternatives is certain. After PATIENCE times as
         many seconds, none begins in any case.
@@ -53,7 +52,7 @@ def race(
             begun = now()
             calls[name]()
             times[name].append(now() - begun)
-    return {name: min(found, default=inf) for name, found in times.items()}
+    return {name: min(found) for name, found in times.items()}
 
 
 def _certain(least_two: list[list[float]]) -> bool:

@@ -23,7 +23,7 @@ from structlin.execution import wisdom
 
 FORMAT = 1
 LIMIT = 64 << 20  # bytes on disk, about: those not used for the longest time are deleted first
-PRUNED = 256  # numbers of files that a process writes from one check of the limit to the next
+PRUNED = 256  # a process checks the limit once in so many writes
 _DIGEST = hashlib.sha256().digest_size
 _WRITES = count()
 

@@ -141,13 +141,15 @@ def load(text: str, name: str, target: Target, parameters: list[Any], stored: bo
     """
     try:
         with _LOCK:
-            key = _objects.key_of(text, target, OPTIONS, _binding().get_process_triple(), _version())
-            loaded = _stored(key, name) if stored else None
+            key = loaded = None
+            if stored:
+                key = _objects.key_of(text, target, OPTIONS, _binding().get_process_triple(), _version())
+                loaded = _stored(key, name)
             if loaded is None:
                 machine, module = parsed(text, target)
                 code = machine.emit_object(module)
                 loaded = _link(code, name)
-                if stored:
+                if key is not None:
                     _objects.write(key, code)
         function: Any = ctypes.CFUNCTYPE(None, *parameters)(loaded[name])
     except Exception as error:  # of LLVM's: RuntimeError; and whatever else llvmlite raises, MemoryError included
