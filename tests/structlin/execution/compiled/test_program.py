@@ -112,7 +112,7 @@ def test_blocks_of_any_size(name, dtype, rows):
     structure = STRUCTURES[name]
     x, gy, factors, wanted = whole_problem(structure, dtype, 101)
     turned = (lambda t: t) if rows else (lambda t: t.mT.contiguous())
-    for size in (1, 17, 36, 200):
+    for size in (1, 7, 17, 36, 200):
         chain = chain_of(structure, rows)
         chain.block = size
         program = chain.program(dtype)

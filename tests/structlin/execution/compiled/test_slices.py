@@ -89,8 +89,6 @@ def test_values_and_gradients(name, dtype, rows, kept, most, monkeypatch):
     if not most:
         assert (back.count, front.count) == MOST[name]
         assert chain.front(label, True).count == front.count
-    if back.count == front.count == 1:  # all in one piece, as in other tests
-        return
     monkeypatch.setattr(chain, "kept_tokens", lambda *_: kept if back.states is not None else 0)
     doubles = [t.double().requires_grad_() for t in (x, *factors)]
     y = oracle(structure, *doubles[:1], doubles[1:])
