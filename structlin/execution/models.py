@@ -153,8 +153,8 @@ def dense(problem: Problem, found: Rates) -> float:
 def compiled(problem: Problem, program: Program, found: Rates, back: bool, slices: int = 0) -> float:
     """Return the seconds of a compiled pass: its instructions at the rate of those of a dense product.
 
-    If the factors do not fit into cache, the time is at least that of reading them for each block of tokens. With
-    ``slices`` that fit, the input or the output is read for each slice instead. ``found`` are the rates of float32 or
+    If the factors do not fit into cache, they are also read for each block of tokens. With ``slices`` that fit, the
+    input or the output is read for each slice instead. ``found`` are the rates of float32 or
     float64, the dtype of the computation.
     """
     cost = program.schedule.back_cost if back else program.schedule.cost
@@ -166,7 +166,7 @@ def compiled(problem: Problem, program: Program, found: Rates, back: bool, slice
     if slices:
         busy += problem.tokens * (slices - 1) * min(problem.structure.d_in, problem.structure.d_out) * found.run
     elif numbers * BYTES[problem.dtype] > caches().l2:
-        busy = max(busy, touched * numbers * found.read * problem.tokens / program.block)
+        busy += touched * numbers * found.read * problem.tokens / program.block
     return busy / threads + touched * numbers * found.run
 
 

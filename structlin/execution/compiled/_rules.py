@@ -8,13 +8,13 @@ from structlin._parse import Step
 from structlin.execution.compiled._limits import limits
 from structlin.execution.compiled._product import BYTES
 from structlin.execution.compiled._program import ELEMENTS, Program, make_program
-from structlin.execution.compiled._slices import RUN, Slices, counts, enough, slices, whole
+from structlin.execution.compiled._slices import LARGER, RUN, Slices, counts, enough, slices, whole
 from structlin.execution.compiled._target import Target, host, tiled_host
 from structlin.execution.machine import caches
 
 # Activations are stored for the backward pass if computing one again takes more than KEPT_WORK vector multiplications,
-# and only for at least KEPT_SHARE of the tokens. If they do not fit into cache, computing a byte again must take more
-# than FRESH_WORK.
+# and only for at least KEPT_SHARE of the tokens. If they do not fit into cache, computing a byte again must take longer
+# than writing and reading it, which is FRESH_WORK where nothing was measured.
 KEPT_WORK, FRESH_WORK, KEPT_SHARE = 3, 3, 0.125
 # Relative to the memory of a dense matrix and its gradient: how much larger passes may be if they store the activations
 # of all tokens, and how much larger they must be without activations to store them anyway.
@@ -22,6 +22,7 @@ MORE, MISSED = 0.1, 0.05
 SHARE, COPIED_SHARE = 48, 1 << 15  # tokens of a thread, and numbers that it copies, at least
 SHARE_MACS = 1 << 19  # of a thread, at least, where tokens are few: about as long as a team takes to start, 10 us
 FEW_SLICES = 4  # or with RUN neighbours each: more to save memory would take more time than they are worth
+NEAR_LARGER = 4  # times near_slice(): products of narrow slices lose more than the second level of cache gains
 WASTE = 12  # times the instructions that products without losses would take: more is slower than what others do
 
 
@@ -75,7 +76,8 @@ class ChainRules:
             found, item = whole(program), BYTES[program.outside]
             most, each = (near_slice(),) * 2 if self.near else (limits().factors, limits().factors_slice)
             if program.numel * item > most:
-                count = enough(counts(self._chain, program, False), program.numel, each // item)
+                several, larger = counts(self._chain, program, False), NEAR_LARGER if self.near else LARGER
+                count = enough(several, program.numel, each // item, larger)
                 found = slices(self._chain, program, False, count, dtype, target, keeps)
             self._fronts[dtype, keeps, self.block] = found
         return found
@@ -96,7 +98,8 @@ class ChainRules:
         assert target is not None
         assert program is not None
         several, item = counts(self._chain, program, True), BYTES[program.inside]
-        least = enough(several, program.numel, (near_slice() if self.near else limits().sums_slice) // item)
+        most, larger = (near_slice(), NEAR_LARGER) if self.near else (limits().sums_slice, LARGER)
+        least = enough(several, program.numel, most // item, larger)
         found = slices(self._chain, program, True, least, dtype, target)
         if program.numel * item < limits().room or self.room(found.program, threads, False) >= 0:
             return found
@@ -125,7 +128,9 @@ class ChainRules:
         row, item = sum(program.schedule.rows[1:-1]), BYTES[program.outside]
         size = row * item
         work = self.macs_before_last / (program.lanes * (2 if program.pairs else 1))
-        if work < KEPT_WORK * row or (tokens * size > limits().kept and work < FRESH_WORK * size):
+        if work < KEPT_WORK * row:
+            return 0
+        if tokens * size > limits().kept and work < self.fresh_work(dtype, threads, program.lanes) * size:
             return 0
         dense = 2 * self.d_in * self.d_out * item
         if tokens * size <= self.room(back.program, threads, True) + MORE * dense:
@@ -135,6 +140,10 @@ class ChainRules:
             return tokens if row <= 1.1 * min(self.d_in, self.d_out) else 0
         found = max(0, room) // size // SHARE * SHARE
         return found if found >= KEPT_SHARE * tokens else 0
+
+    def fresh_work(self, dtype: str, threads: int, lanes: int) -> float:
+        """Return the vector multiplications that take as long as storing a byte that stays in no cache."""
+        return FRESH_WORK
 
     def room(self, program: Program, threads: int, kept: bool) -> int:
         """Return the bytes of the dense matrix and its gradient, less those of the passes with this backward pass.

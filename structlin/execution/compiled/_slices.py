@@ -16,7 +16,8 @@ from structlin._parse import Step
 from structlin.execution.compiled._program import Part, Program, make_program
 from structlin.execution.compiled._target import Target
 
-RUN = 8  # numbers that are copied together, if this does not make the slices more than twice as large
+RUN = 8  # numbers that are copied together, if this does not make the slices too large
+LARGER = 2  # times the wanted size of slices that are to stay in the last level of cache
 Chain = tuple[tuple[Step, ...], tuple[tuple[str, int], ...], int, int, bool]  # steps, sizes, d_in, d_out, rows
 
 
@@ -47,12 +48,15 @@ def counts(chain: Chain, program: Program, of_input: bool) -> list[int]:
     return [n for n in range(1, size + 1) if size % n == 0]
 
 
-def enough(counts: list[int], numel: int, most: int) -> int:
-    """Return the fewest slices of so many numbers that have at most ``most`` each, or the most that there are."""
+def enough(counts: list[int], numel: int, most: int, larger: int = LARGER) -> int:
+    """Return the fewest slices of so many numbers that have at most ``most`` each, or the most that there are.
+
+    Slices with fewer than ``RUN`` neighbours become wider, to at most ``larger * most`` numbers.
+    """
     size = counts[-1]
     count = next((n for n in counts if numel <= n * most), size)
     # Where the axis comes last in a factor, neighbours of a slice are copied together.
-    wider = [n for n in counts if RUN * n <= size and numel <= 2 * n * most]
+    wider = [n for n in counts if RUN * n <= size and numel <= larger * n * most]
     return wider[-1] if wider and RUN * count > size else count
 
 

@@ -493,7 +493,7 @@ def test_pairs_of_bfloat16(name, options, tokens):
 def test_slices_that_stay_in_the_second_level_of_cache(monkeypatch, threads, dtype):
     """Each slice adds its part: forward of the output, backward of the input and of the gradients of factors."""
     structure = sl.design("block_tensor_train", (96, 64), rank=2)
-    monkeypatch.setattr(_rules, "near_slice", lambda: structure.num_params)
+    monkeypatch.setattr(_rules, "near_slice", lambda: structure.num_params // 2)
     chain = torch_cpu.CPUChain(structure)
     passes = chain.passes("compiled-near", dtype)
     name = str(dtype).removeprefix("torch.")
