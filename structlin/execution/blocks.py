@@ -30,6 +30,7 @@ from structlin.execution.compiled._slices import whole
 from structlin.execution.compiled._target import CompileError, host, tiled_host, warn_once
 from structlin.execution.compiled._team import run_shares
 from structlin.execution.compiled.block import BlockProgram, BlockSpec, make_block
+from structlin.execution.compiled.passes import NAMES
 from structlin.execution.products import products
 from structlin.execution.race import race
 from structlin.execution.rates import clock
@@ -39,7 +40,6 @@ from structlin.structure import Structure
 __all__ = ["TorchBlock", "torch_block"]
 
 _TORCH = ops("torch")
-_NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -89,12 +89,12 @@ class TorchBlock:
     def program(self, dtype: torch.dtype, kind: str = "0") -> BlockProgram | None:
         """Return the compiled pass of a kind (one of :data:`KINDS`); None if it cannot be compiled for this dtype."""
         target = tiled_host() if TILES in kind else host()
-        if target is None or dtype not in _NAMES or not all(s.steps for s in self.structures):
+        if target is None or dtype not in NAMES or not all(s.steps for s in self.structures):
             return None
         if (TILES in kind and dtype is not torch.bfloat16) or (KEPT in kind and self.second is None):
             return None
         block = kind.removesuffix(KEPT)
-        return make_block(self._spec, _NAMES[dtype], target, int(block) if block.isdecimal() else None)
+        return make_block(self._spec, NAMES[dtype], target, int(block) if block.isdecimal() else None)
 
     def layers(self, x: Tensor, operands: Sequence[Tensor | None], run: Run) -> tuple[Tensor, ...]:
         """Return the outputs layer after layer, with ``run(structure, h, factors, bias)`` for each of them.

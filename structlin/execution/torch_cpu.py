@@ -29,7 +29,7 @@ from structlin.structure import Structure
 
 __all__ = ["CPUChain", "Passes", "chain_of"]
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _TORCH = ops("torch")
 NEAR_BLOCK = 32  # tokens of a block beside a slice that fills half of the cache
 
@@ -92,6 +92,8 @@ class CPUChain:
         """
         if dtype not in _DTYPES:
             return None
+        if kind in ("chunked", "batched") and dtype is torch.float16:
+            return None  # torch's own products of it are several times slower than those of float32
         if kind == "chunked":
             return self.chunked if self.chunked.merges else None
         if kind == "batched":
@@ -184,7 +186,7 @@ class CPUChain:
         self.compiled.failed = True
         choice.forget()
         warn_once(error, "A contraction by torch")
-        return self.chunked if self.chunked.merges else self._single
+        return self.passes("chunked", x.dtype) or self._single
 
 
 class _Differentiable(torch.autograd.Function):

@@ -9,12 +9,12 @@ from structlin.execution.compiled._ir import Code, Int, Values
 from structlin.execution.compiled._product import BYTES
 from structlin.execution.compiled._target import Target
 
-BITS = {"bfloat": "i16"}  # as what numbers are loaded and stored that nothing is computed with
+BITS = {"bfloat": "i16", "half": "i16"}  # as what numbers are loaded and stored that nothing is computed with
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The start of an array, and the type of its elements (``bfloat`` is converted to ``float``).
+    """The start of an array, and the type of its elements (``bfloat`` and ``half`` are converted to ``float``).
 
     An array of activations in ``i32`` holds the numbers of two tokens in bfloat16, side by side: half as many rows.
     Where it is ``zipped`` they are those of two items of an axis.
@@ -32,7 +32,7 @@ class Emitter:
         self.code, self.target, self.element, self.tokens, self.block = code, target, element, tokens, block
         self.even = code.whole(code.add(tokens, 1), 2)
         self.lanes = target.width // BYTES[element]
-        self.short = {"float": "f32", "double": "f64", "bfloat": "i16", "i32": "i32", "i64": "i64"}
+        self.short = {"float": "f32", "double": "f64", "bfloat": "i16", "half": "i16", "i32": "i32", "i64": "i64"}
         self.vector = f"<{self.lanes} x {element}>"
         self.ahead: Callable[[], None] | None = None  # asks for memory that is used later; for each tile of a product
 
@@ -49,13 +49,13 @@ class Emitter:
             found = self.code.call(
                 kind, name, ("ptr", pointer), ("i32", BYTES[at.element]), self._mask(lanes), (kind, "zeroinitializer")
             )
-        return found if at.element in (self.element, "i32") else self._widened(found, self.lanes)
+        return found if at.element in (self.element, "i32") else self._widened(found, self.lanes, at.element)
 
     def store(self, at: Memory, offset: Int, value: str, lanes: int) -> None:
         kind = f"<{self.lanes} x {BITS.get(at.element, at.element)}>"
         pointer = self.code.at(at.element, at.pointer, offset)
         if at.element not in (self.element, "i32"):
-            value = self._narrowed(value, self.lanes)
+            value = self._narrowed(value, self.lanes, at.element)
         if lanes == self.lanes:
             self.code.put(f"store {kind} {value}, ptr {pointer}, align {BYTES[at.element]}")
         else:
@@ -78,7 +78,7 @@ class Emitter:
             kind = f"<{2 * self.lanes} x bfloat>"
             both, kind = f"{kind} {self._both(rows)}, {kind} poison", "bfloat"
         else:
-            short = [f"<{self.lanes} x i16> {self._narrowed(row, self.lanes)}" for row in rows]
+            short = [f"<{self.lanes} x i16> {self._narrowed(row, self.lanes, 'bfloat')}" for row in rows]
             both, kind = ", ".join(short), "i16"
         joined = self.code.value(f"shufflevector {both}, <{2 * self.lanes} x i32> <{order}>")
         whole = self.code.value(f"bitcast <{2 * self.lanes} x {kind}> {joined} to <{self.lanes} x i32>")
@@ -102,11 +102,11 @@ class Emitter:
         pointer = self.code.at(at.element, at.pointer, offset)
         kind = _of(count, BITS.get(at.element, at.element))
         found = self.code.value(f"load {kind}, ptr {pointer}, align {BYTES[at.element]}")
-        return found if at.element == self.element else self._widened(found, count)
+        return found if at.element == self.element else self._widened(found, count, at.element)
 
     def store_some(self, at: Memory, offset: Int, value: str, count: int) -> None:
         if at.element != self.element:
-            value = self._narrowed(value, count)
+            value = self._narrowed(value, count, at.element)
         pointer = self.code.at(at.element, at.pointer, offset)
         kind = _of(count, BITS.get(at.element, at.element))
         self.code.put(f"store {kind} {value}, ptr {pointer}, align {BYTES[at.element]}")
@@ -148,20 +148,24 @@ class Emitter:
         two = f"{self.vector} {a}, {self.vector} {b}"
         return self.code.value(f"shufflevector {two}, <{len(order)} x i32> <{chosen}>")
 
-    def _widened(self, value: str, lanes: int) -> str:
-        """Return the float32 of which these are the upper 16 bits."""
+    def _widened(self, value: str, lanes: int, element: str) -> str:
+        """Return as float32 what these 16 bits are in ``element``; bfloat16 has the upper bits of float32."""
         i16, i32, float32 = (_of(lanes, kind) for kind in ("i16", "i32", "float"))
+        if element == "half":
+            half = _of(lanes, element)
+            return self.code.value(f"fpext {half} {self.code.value(f'bitcast {i16} {value} to {half}')} to {float32}")
         wide = self.code.value(f"zext {i16} {value} to {i32}")
         return self.code.value(f"bitcast {i32} {self.code.value(f'shl {i32} {wide}, {_all(lanes, 16)}')} to {float32}")
 
-    def _narrowed(self, value: str, lanes: int) -> str:
-        """Return float32 as the bits of bfloat16, rounded to the nearest, ties to even.
+    def _narrowed(self, value: str, lanes: int, element: str) -> str:
+        """Return float32 as the bits of bfloat16 or float16, rounded to the nearest, ties to even.
 
-        A NaN stays one, and becomes quiet. Where the processor has no instruction for this, LLVM calls a function that
-        no library of the process need have; integers do the same. The instruction takes subnormal numbers for zero.
+        A NaN stays one, and becomes quiet. Where the processor has no instruction for bfloat16, LLVM calls a function
+        that no library of the process need have; integers do the same. That instruction takes subnormal numbers for
+        zero. All targets have one for float16.
         """
-        code, (i16, bits16, i32, float32) = self.code, (_of(lanes, kind) for kind in ("i16", "bfloat", "i32", "float"))
-        if self.target.half_products:
+        code, (i16, bits16, i32, float32) = self.code, (_of(lanes, kind) for kind in ("i16", element, "i32", "float"))
+        if element == "half" or self.target.half_products:
             return code.value(f"bitcast {bits16} {code.value(f'fptrunc {float32} {value} to {bits16}')} to {i16}")
 
         def do(operation: str, first: str, second: str) -> str:
@@ -217,7 +221,8 @@ class Emitter:
 
         ``even``: after an odd number of tokens, one of zeros follows, as it always does where the target has pairs.
         """
-        if source.element == target.element == "bfloat" and not any(n % 2 for n in (stride, to_stride, width, wanted)):
+        same = source.element == target.element and source.element in BITS
+        if same and not any(n % 2 for n in (stride, to_stride, width, wanted)):
             # Nothing is converted: two numbers are copied as one.
             ends = [Memory(end.pointer, "float") for end in (source, target)]
             return self.copy(ends[0], stride // 2, ends[1], to_stride // 2, width // 2, wanted // 2, even)

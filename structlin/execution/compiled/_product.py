@@ -21,7 +21,7 @@ TOKENS = "*"
 VECTORS = 3  # along a row of the tile, at most: with 9 rows they are loaded the least, with 32 registers
 BLOCK = 36  # tokens, about: what a block's sums of partial sums are shared by
 NEAR = 16  # elements, about a cache line
-BYTES = {"float": 4, "double": 8, "bfloat": 2, "i32": 4, "i64": 8}
+BYTES = {"float": 4, "double": 8, "bfloat": 2, "half": 2, "i32": 4, "i64": 8}
 Strides = Mapping[str, int]  # of the axes that an array has, in elements
 
 

@@ -29,7 +29,10 @@ from structlin.execution.compiled._target import Target
 from structlin.execution.compiled._tiles import SIDE, write_product
 from structlin.execution.compiled._writer import At, Pass, Writer
 
-ELEMENTS = {"float32": ("float", "float"), "float64": ("double", "double"), "bfloat16": ("bfloat", "float")}
+ELEMENTS = {
+    **{"float32": ("float", "float"), "float64": ("double", "double")},
+    **{"bfloat16": ("bfloat", "float"), "float16": ("half", "float")},
+}
 # Tokens of a block: few enough that the activations stay in the second level of cache, and enough that reading the
 # factors costs little. Tiles divide a block without remainder. They usually have 8 rows, and 12 or 6 for pairs of
 # bfloat16 or with few registers.
@@ -208,7 +211,7 @@ class Program:
     def spills(self) -> bool:
         """Whether neither the gradients of factors nor enough tokens to compensate for them fit into cache.
 
-        False in bfloat16, where other ways are slower.
+        False in 16 bits, where other ways are slower.
         """
         forms, outside = self._whole_back_forms(False)
         far = self.inside == self.outside and self.numel * self.size > limits().sums
@@ -529,7 +532,7 @@ def _nothing(*_: object) -> None:
 def _dtype(element: str) -> Any:
     import torch
 
-    return {"float": torch.float32, "double": torch.float64, "bfloat": torch.bfloat16}[element]
+    return {"float": torch.float32, "double": torch.float64, "bfloat": torch.bfloat16, "half": torch.float16}[element]
 
 
 # Equal structures share a program while it is one of the last PROGRAMS that were used; each takes 0.1 to 1 MB. Older
@@ -543,14 +546,14 @@ def make_program(
     target: Target, part: Part | None = None, packed: bool = True, block: int | None = None,
     inner: tuple[bool, bool] = (False, False),
 ) -> Program | None:  # fmt: skip
-    """None where the chain has no schedule, and for columns in bfloat16.
+    """None where the chain has no schedule, and for columns in 16 bits.
 
     Not ``packed``: a forward pass for one or a few tokens, which reads the factors as they are stored; None also where
     its products would have no axis for their vectors. ``block``: tokens that all steps run for, one after the other, at
     a time, rounded up to whole pairs or for columns to whole vectors; None: as many as the caches suggest. ``inner``:
     whether the input and the output are in scratch memory, between chains of a block (:mod:`.block`).
     """
-    if dtype == "bfloat16" and not rows:
+    if dtype in ("bfloat16", "float16") and not rows:
         return None
     pairs = dtype == "bfloat16" and target.half_products and packed
     strides, between, states = (part.strides(d_in, d_out), part.between, part.states) if part else (None, None, ())

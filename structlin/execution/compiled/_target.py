@@ -49,7 +49,7 @@ class Target:
         return f'nounwind {vectors} "tune-cpu"="{self.tune}"'
 
 
-AVX2 = Target(32, 16, ("avx2", "fma"))
+AVX2 = Target(32, 16, ("avx2", "fma", "f16c"))
 AVX512 = Target(64, 32, (*AVX2.features, "avx512f", "avx512vl", "avx512bw", "avx512dq"))
 AVX512_BF16 = Target(64, 32, (*AVX512.features, "avx512bf16"), half_products=True)
 

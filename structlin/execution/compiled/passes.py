@@ -22,7 +22,7 @@ from structlin.execution.compiled._team import run_shares
 from structlin.execution.compiled._writer import Pass
 from structlin.execution.rates import rates, storing
 
-_NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
+NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Of some of the tokens: the pass, the factors that it goes back through, and what else it reads of a slice.
 _Way = tuple[range, Pass, Packed, Callable[[int], list[int]]]
 
@@ -48,7 +48,7 @@ class FusedChain(ChainRules):
 
     def _program(self, dtype: torch.dtype) -> Program | None:
         if dtype not in self._found:
-            self._found[dtype] = self.program(_NAMES[dtype]) if dtype in _NAMES else None
+            self._found[dtype] = self.program(NAMES[dtype]) if dtype in NAMES else None
         return self._found[dtype]
 
     def fresh_work(self, dtype: str, threads: int, lanes: int) -> float:
@@ -59,7 +59,7 @@ class FusedChain(ChainRules):
         self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None, kept: list[Tensor] | None = None
     ) -> Tensor:
         """Compute the product, and append to ``kept`` the activations that the backward pass reads."""
-        name, tokens = _NAMES[x.dtype], x.shape[0 if self.rows else 1]
+        name, tokens = NAMES[x.dtype], x.shape[0 if self.rows else 1]
         program = self._ready(x.dtype)
         x, factors = x.contiguous(), [factor.contiguous() for factor in factors]
         shape = (tokens, self.d_out) if self.rows else (self.d_out, tokens)
@@ -96,7 +96,7 @@ class FusedChain(ChainRules):
         if self._upright is not None and (program.pairs or (threads > 1 and self.sums_are_large(program))):
             return self._plain_backward(gy, x, factors, needs, kept)
         x, gy, factors = x.contiguous(), gy.contiguous(), [factor.contiguous() for factor in factors]
-        slices = self.back(_NAMES[x.dtype], threads)
+        slices = self.back(NAMES[x.dtype], threads)
         if kept and slices.states is None:  # with another number of threads these were not to be read in slices
             slices = whole(program)
         gx = advised(torch.empty(x.shape, dtype=x.dtype, device="cpu")) if needs[0] else None

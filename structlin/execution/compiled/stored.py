@@ -19,8 +19,7 @@ from structlin.execution.compiled._program import Program
 from structlin.execution.compiled._rules import ChainRules
 from structlin.execution.compiled._schedule import LINE
 from structlin.execution.compiled._writer import Pass
-
-_NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
+from structlin.execution.compiled.passes import NAMES
 
 
 class StoredChain:
@@ -36,7 +35,7 @@ class StoredChain:
 
     def program(self, dtype: torch.dtype) -> Program | None:
         """Return the program of a dtype; None if this way cannot run the chain."""
-        name = _NAMES.get(dtype)
+        name = NAMES.get(dtype)
         found = None if name is None or not self._rules.rows else self._rules.program(name, packed=False)
         # Bias and output are read and written as they are.
         return found if found is not None and found.schedule.widths[-1] == self._rules.d_out else None

@@ -132,10 +132,10 @@ def test_only_some_gradients(name, needed, way):
     torch.testing.assert_close(got, full[needed], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CASES)
 def test_other_dtypes(name, dtype, way, calls):
-    if not runs(way, name):
+    if not runs(way, name) or (way == "chunked" and dtype == torch.float16):  # of which the BLAS has no fast products
         return
     structure, factors, x = make(name, dtype)
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_other_dtypes(name, dtype, way, calls):
     assert y.dtype == dtype
     doubles = [t.detach().double().requires_grad_() for t in (x, *factors)]
     expected = structure.apply(doubles[1:], doubles[0])
-    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 2e-3}[dtype]
     assert (y.double() - expected).norm() < tolerance * expected.norm()
     weights = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     found = torch.autograd.grad(structure.apply(factors, x), [x, *factors], weights.to(dtype))
@@ -247,8 +247,8 @@ def test_what_is_kept_has_room_beside_what_a_dense_matrix_takes(dtype):
     size = sum(program.schedule.rows[1:-1]) * dtype.itemsize
     dense, own = 2 * 512 * 512 * dtype.itemsize, 2 * chain.numel * dtype.itemsize
     for tokens in (48, 480, 1440):
-        kept = chain.kept_tokens(passes._NAMES[dtype], tokens, chain._threads(tokens))
-        back = chain.back(passes._NAMES[dtype], chain._threads(tokens)).program
+        kept = chain.kept_tokens(passes.NAMES[dtype], tokens, chain._threads(tokens))
+        back = chain.back(passes.NAMES[dtype], chain._threads(tokens)).program
         if chain.room(back, chain._threads(tokens), False) < -0.05 * dense:
             assert kept == tokens  # as much as x
         else:

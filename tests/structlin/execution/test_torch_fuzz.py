@@ -13,7 +13,7 @@ from structlin.execution.torch_cpu import SingleProducts, chain_of
 from structlin.testing import dense_matrix, random_chain
 
 CASES, EACH = 600, 20  # number of cases, and of cases with one chain and one dtype
-DTYPES = {torch.float32: 2e-6, torch.float64: 4e-15, torch.bfloat16: 0.02}
+DTYPES = {torch.float32: 2e-6, torch.float64: 4e-15, torch.bfloat16: 0.02, torch.float16: 3e-3}
 NAMED = (
     ("low_rank", {"rank": 3}),
     ("kronecker", {}),
@@ -97,7 +97,7 @@ def test_random_cases(threads):
     for case in range(CASES):
         rng, generator = np.random.default_rng(case), torch.Generator().manual_seed(case)
         if case % EACH == 0:
-            structure, dtype = draw_structure(rng), list(DTYPES)[case // EACH % 3]
+            structure, dtype = draw_structure(rng), list(DTYPES)[case // EACH % len(DTYPES)]
         rows = rng.random() < 0.8
         chain, tokens = chain_of(structure, rows), int(rng.choice([1, 2, 3, 11, 49, 97, 150]))
         threads(int(rng.integers(1, 3)))

@@ -28,7 +28,7 @@ STRUCTURES = {
     "low_rank": sl.design("low_rank", (70, 66), rank=8),
     "kronecker": sl.Structure.parse("ab,ca->cb; cb,db->cd", a=8, b=10, c=7, d=9, d_in=77, d_out=61),  # padded, cut
 }
-TOLERANCE = {"float32": 1e-5, "float64": 1e-13, "bfloat16": 8e-3}
+TOLERANCE = {"float32": 1e-5, "float64": 1e-13, "bfloat16": 8e-3, "float16": 1e-3}
 TOKENS = 53
 
 
@@ -130,10 +130,10 @@ class Job:
 @pytest.mark.skipif(QEMU is None, reason="qemu-aarch64 is not installed")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_on_arm(llvm, texts, dtype, tmp_path):
-    """Both passes, with all copies, against float64; for rows and, but in bfloat16, for columns."""
+    """Both passes, with all copies, against float64; for rows and, but in 16 bits, for columns."""
     job, expected = Job(), []
     for structure in STRUCTURES.values():
-        for rows in (True, False) if dtype != "bfloat16" else (True,):
+        for rows in (True, False) if dtype in ("float32", "float64") else (True,):
             program, forward, backward, packings = made(structure, dtype, rows)
             factors = sl.random_factors(structure, seed=1, backend="torch", dtype=dtype)
             generator = torch.Generator().manual_seed(2)
@@ -180,7 +180,7 @@ def test_on_arm(llvm, texts, dtype, tmp_path):
         held.append(content[start : start + len(buffer)])
         start += len(buffer)
     for place, want in expected:
-        kind = {"float32": np.float32, "float64": np.float64, "bfloat16": np.int16}[dtype]
+        kind = {"float32": np.float32, "float64": np.float64, "bfloat16": np.int16, "float16": np.float16}[dtype]
         found = torch.from_numpy(np.frombuffer(held[place], kind).copy())
         found = (found.view(torch.bfloat16) if dtype == "bfloat16" else found).double().view(want.shape)
         assert (found - want).norm() <= TOLERANCE[dtype] * want.norm()

@@ -72,14 +72,14 @@ def texts(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("name", TARGETS)
 def test_instructions(name, structure, dtype, texts):
     """Only those that the target has, and no call of a function that a process may not have."""
     chain = STRUCTURES[structure]
     target = supported(dict.fromkeys(TARGETS[name].features, True), "sapphirerapids")
-    for rows in (True, False) if dtype != "bfloat16" else (True,):
+    for rows in (True, False) if dtype in ("float32", "float64") else (True,):
         program = make_program(chain.steps, chain.sizes, chain.d_in, chain.d_out, rows, dtype, target)
         steps = tuple(range(len(chain.steps)))
         program.forward(rows, True)
@@ -99,6 +99,7 @@ def test_instructions(name, structure, dtype, texts):
 
 
 PATTERNS = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+ELEMENTS = {torch.float32: "float", torch.bfloat16: "bfloat", torch.float16: "half"}
 
 
 def numbers():
@@ -115,7 +116,7 @@ def numbers():
 def copied(source, element, target, dtype, lanes):
     """Converted number by number, or in vectors with a shorter last one."""
     made = torch.empty(source.shape, dtype=dtype)
-    kinds = [{torch.float32: "float", torch.bfloat16: "bfloat"}[kind] for kind in (source.dtype, dtype)]
+    kinds = [ELEMENTS[kind] for kind in (source.dtype, dtype)]
     if lanes > 1:
         run = load_copies([(Arrangement(tuple(source.shape), (0,)), *kinds)], target, "float")
         run((ctypes.c_void_p * 2)(source.data_ptr(), made.data_ptr()), 0, 1, 1)
@@ -151,6 +152,21 @@ def test_float32_to_bfloat16(name, lanes):
     if target.half_products:
         expected = torch.where(source.abs() < torch.finfo(torch.float32).tiny, source * 0, source).to(torch.bfloat16)
     assert torch.equal(found[~nan].view(torch.int16), expected[~nan].view(torch.int16))
+
+
+@pytest.mark.parametrize("lanes", [1, 16])
+@pytest.mark.parametrize("name", TARGETS)
+def test_float16(name, lanes):
+    """Every number as torch converts it, and float32 as torch rounds it; numbers above 65519 become infinite."""
+    target, patterns = of_host(name), PATTERNS.view(torch.float16)
+    wide = copied(patterns[:-3], "float", target, torch.float32, lanes)
+    torch.testing.assert_close(wide, patterns[:-3].float(), rtol=0, atol=0, equal_nan=True)
+    near = patterns.float()
+    between = (near[:-1] + near[1:]) / 2  # halfway: ties to even
+    source = torch.cat([numbers(), near, between, torch.tensor([65519.0, 65520.0, -65520.0, 2.0**-25, 2.0**-24])])
+    found, expected = copied(source, "half", target, torch.float16, lanes), source.to(torch.float16)
+    assert torch.equal(found.isnan(), source.isnan())
+    assert torch.equal(found[~source.isnan()].view(torch.int16), expected[~source.isnan()].view(torch.int16))
 
 
 def test_what_llvm_does_not_compile():
