@@ -128,7 +128,8 @@ class TestModels:
         assert "2 problems" in out
         assert cache in execution.wisdom_folder().parents
         kept = problems()
-        assert {key.split(" 8x8 ")[1] for key in kept if " 8x8 " in key} == {
+        # On a slow machine the run that finds the problems compares some ways first.
+        assert {key.split(" 8x8 ")[1] for key in kept if " 8x8 " in key and " among " not in key} == {
             f"rows torch cpu float32 tokens=4 threads=1 {kind}" for kind in ("forward", "train")
         }
 
