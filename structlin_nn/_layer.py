@@ -41,7 +41,7 @@ def plan_layer(
 ) -> LayerPlan:
     """Check the arguments of a layer (`structlin_nn.torch.StructuredLinear` lists the errors), and derive its plan."""
     shape = (out_features, in_features)
-    made = _structure(structure, shape, options)
+    made = structure_of(structure, shape, options)
     trainable = [f.trainable for f in made.factors]
     if gain and not rms_cap:
         raise ValueError("gain=True needs rms_cap=True: only capped factors have gains")
@@ -127,7 +127,8 @@ class PlannedLayer:
         return ", ".join(parts)
 
 
-def _structure(structure: object, shape: tuple[int, int], options: Mapping[str, Any]) -> AbstractStructure:
+def structure_of(structure: object, shape: tuple[int, int], options: Mapping[str, Any]) -> AbstractStructure:
+    """Return the structure of a layer by its name with options, or one that is given; ValueError for another shape."""
     if isinstance(structure, str):
         return structlin.design(structure, shape, **options)
     if not isinstance(structure, AbstractStructure):

@@ -11,7 +11,7 @@ import structlin
 from structlin.scale import OPTIMIZERS
 from structlin.structure import AbstractStructure
 from structlin_nn._patterns import Pattern, listed, matches, show
-from structlin_nn._text import read_value
+from structlin_nn._text import check_known, read_value
 
 KINDS = ("factor", "weight", "embedding", "bias", "norm", "gain", "vector")
 """Kinds of parameters: factors of structured layers; weights of dense layers and convolutions; embeddings; biases;
@@ -147,8 +147,7 @@ def check_arguments(
     lr: float, weight_decay: float, optimizer: str, decay: Collection[str], independent_decay: bool
 ) -> None:
     """Raise ValueError for unknown rates, optimisers and kinds, TypeError for rates that are not numbers."""
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {optimizer!r}; one of {', '.join(OPTIMIZERS)}")
+    check_known("optimizer", optimizer, OPTIMIZERS)
     check_number(lr, "lr")
     check_number(weight_decay, "weight_decay")
     if not (lr >= 0 and weight_decay >= 0):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, TypeVar
 
 from structlin.structure import AbstractStructure
@@ -56,18 +56,9 @@ class ReplacementReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
-        rows = [
-            {
-                **vars(row),
-                "names": list(row.names),
-                "shape": list(row.structure.shape),
-                "structure": repr(row.structure),
-            }
-            for row in self.layers
-        ]
-        dense = [{"name": name, "shape": list(shape), "role": role} for name, shape, role in self.dense]
-        skipped = [list(pair) for pair in self.skipped]
-        return {"layers": rows, "skipped": skipped, "dense": dense, "notes": list(self.notes)}
+        rows = [{**plain(row), "shape": list(row.structure.shape)} for row in self.layers]
+        dense = [dict(zip(("name", "shape", "role"), plain(entry), strict=True)) for entry in self.dense]
+        return plain(self) | {"layers": rows, "dense": dense}
 
     def __str__(self) -> str:
         head = ("layer", "shape", "params", "structured", "MACs", "structured")
@@ -86,6 +77,15 @@ class ReplacementReport:
             rest[key] = rest.get(key, 0) + math.prod(shape)
         lines += [f"stays dense: {name} ({role}, {size:,} parameters)" for (name, role), size in rest.items()]
         return "\n".join([*lines, *self.notes])
+
+
+def plain(value: Any) -> Any:
+    """Return values for JSON: a structure as text, dataclasses as dictionaries, tuples as lists."""
+    if isinstance(value, AbstractStructure):
+        return repr(value)
+    if is_dataclass(value) or isinstance(value, Mapping):
+        return {name: plain(entry) for name, entry in (value if isinstance(value, Mapping) else vars(value)).items()}
+    return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def check_choices(**choices: tuple[str, tuple[str, ...]]) -> None:

@@ -41,6 +41,18 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f", did you mean {found[0]}?" if found else ""
 
 
+def unknown(what: str, word: Any, known: Iterable[str], *more: str) -> str:
+    """Return the message about an unknown word, with the nearest known one, and `more` forms that are allowed."""
+    known = list(known)
+    return f"unknown {what} {word!r}{suggestion(str(word), known)} (one of {', '.join((*known, *more))})"
+
+
+def check_known(what: str, name: Any, known: Iterable[str]) -> None:
+    """Raise ValueError unless a name is known."""
+    if name not in known:
+        raise ValueError(f"unknown {what} {name!r}; one of {', '.join(known)}")
+
+
 def check_integer(name: str, value: Any, least: int = 1) -> None:
     """Raise ValueError unless `value` is an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:

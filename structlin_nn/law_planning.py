@@ -11,6 +11,7 @@ from typing import Any
 from structlin.planning import check_budget
 from structlin.scaling_laws import LossLaw, PowerLaw
 from structlin_nn._planned import WIDEST, Choice, Costs, nth_width, number_of_factors
+from structlin_nn._text import check_known
 from structlin_nn.counting import Device
 from structlin_nn.counting import device as find_device
 from structlin_nn.planning import parse_structure, plan_model, plan_of
@@ -116,8 +117,7 @@ def plan_by_law(
             f"laws in {laws.get('size')!r} and {laws.get('data')!r} give no width and no samples; "
             f"fit laws in one of {', '.join(_SIZES)}, and in samples"
         )
-    if resource not in _BUDGETS:
-        raise ValueError(f"unknown resource {resource!r}; one of {', '.join(_BUDGETS)}")
+    check_known("resource", resource, _BUDGETS)
     check_budget(budget)
     if resource == "run_seconds" and device is None:
         raise ValueError(f"a budget of {resource} needs a device")

@@ -25,7 +25,7 @@ from structlin_nn._planned import (
     widest,
     widest_of,
 )
-from structlin_nn._text import check_integer, read_value
+from structlin_nn._text import check_integer, check_known, read_value
 from structlin_nn.counting import Device
 from structlin_nn.counting import device as find_device
 from structlin_nn.models import StructureConfig
@@ -164,8 +164,7 @@ def plan_model(
     for key, value in (("multiple_of", multiple_of), ("batch_size", batch_size), ("samples", samples)):
         if value is not None:
             check_integer(key, value)
-    if prefer not in PREFERENCES:
-        raise ValueError(f"unknown preference {prefer!r}; one of {', '.join(PREFERENCES)}")
+    check_known("preference", prefer, PREFERENCES)
     fixed, known = dict(options or {}), structlin.structure_options(structure)
     lists: dict[str, list[int]] = {}
     for key, given in (("rank", rank), ("cores", cores), ("blocks", blocks), ("depth", depth)):
@@ -253,8 +252,7 @@ def plan_of(
 
 def best_plan(plans: Sequence[ModelPlan], prefer: str = "spent") -> ModelPlan:
     """Return the best plan, as ``prefer`` says; of equal ones the wider, then the one of more parameters."""
-    if prefer not in PREFERENCES:
-        raise ValueError(f"unknown preference {prefer!r}; one of {', '.join(PREFERENCES)}")
+    check_known("preference", prefer, PREFERENCES)
     if not plans:
         raise ValueError("there are no plans to choose from")
     first = {"spent": lambda p: p.share, "width": lambda p: p.width, "params": lambda p: p.params}[prefer]
@@ -268,8 +266,7 @@ def _budgets(
     if not budgets:
         raise ValueError(f"a budget is needed, of {', '.join(RESOURCES)}")
     for key, value in budgets.items():
-        if key not in RESOURCES:
-            raise ValueError(f"unknown resource {key!r}; one of {', '.join(RESOURCES)}")
+        check_known("resource", key, RESOURCES)
         check_budget(value, "the budget" if len(budgets) == 1 else f"the budget of {key}")
         if key in ("training_flops", "run_seconds") and samples is None:
             raise ValueError(f"a budget of {key} needs the number of samples of the run")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from structlin_nn._text import check_integer, suggestion
+from structlin_nn._text import check_integer, check_known, unknown
 from structlin_nn.models import MODELS, StructureConfig, base_model, build_model
 from structlin_nn.models.named import FORMS, example_inputs, open_named, own_function, parts_of, set_structure
 from structlin_nn.torch import Muon, ParameterRule, StructuredExperts, StructuredLinear, parameter_groups
@@ -160,8 +160,7 @@ def check_scale(
 def _check(widths: Sequence[int], optimizer: str, lr: float | None, threshold: float, **counts: int) -> None:
     if len(widths) < 2 or list(widths) != sorted(set(widths)) or widths[0] < 1:
         raise ValueError(f"widths must be two or more positive numbers in ascending order, got {tuple(widths)}")
-    if optimizer not in RATES:
-        raise ValueError(f"unknown optimizer {optimizer!r}; one of {', '.join(RATES)}")
+    check_known("optimizer", optimizer, RATES)
     if lr is not None and not 0 < lr < math.inf:
         raise ValueError(f"lr must be positive and finite, got {lr}")
     if not 0 < threshold < math.inf:
@@ -321,8 +320,7 @@ def builder_of(
     """
     if ":" not in name:
         if name not in MODELS:
-            near = suggestion(name, MODELS)
-            raise ValueError(f"unknown model {name!r}{near} (one of {', '.join(MODELS)}, or {FORMS})")
+            raise ValueError(unknown("model", name, MODELS, f"or {FORMS}"))
         if width_option or model_options:
             raise ValueError(f"width_option and model_options are for models by {FORMS}; {name} is a named model")
         sizes = {**CHECK_SIZES[name], **sizes}

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from structlin_nn._text import read_value, suggestion
+from structlin_nn._text import check_known, read_value, suggestion
 from structlin_nn.records import Record, read_record, unsealed
 
 __all__ = ["EVALUATIONS", "Row", "by_run", "column", "group_rows", "read_rows", "record_paths", "select"]
@@ -64,8 +64,7 @@ def read_rows(
     >>> read_rows(["points.csv"])
     [{'structure': 'dense', 'macs': 1000000.0, 'error': 0.5}, {'structure': 'monarch', 'macs': 2000000.0}]
     """
-    if evaluations not in EVALUATIONS:
-        raise ValueError(f"unknown evaluations {evaluations!r}; one of {', '.join(EVALUATIONS)}")
+    check_known("evaluations", evaluations, EVALUATIONS)
     rows: list[Row] = []
     for path in record_paths(paths):
         rows += _rows_of(path, evaluations, unfinished)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(parser, "--naive", "also run with naive learning rates, to compare")
     common.own_model_options(parser)
     rule = "learning-rate multiplier of parameters by name, repeatable"
-    add(parser, "--parameter-rule PATTERN=X", rule, [], common.name_and_value)
+    add(parser, "--parameter-rule PATTERN=X", rule, [], partial(common.name_and_value, "NAME=JSON"))
     add(parser, "--json", "print JSON instead of a table")
     add(parser, "--plot FILE", "write a figure: .png, .svg or .pdf")
 

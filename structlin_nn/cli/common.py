@@ -16,7 +16,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
-from structlin_nn._text import suggestion, table
+from structlin_nn._text import suggestion, table, unknown
 
 # The help must not import torch, so these names are repeated here. A test compares them with the library's.
 MODELS = ("cifar-mlp", "cifar-vit", "imagenet-vit", "gpt2")
@@ -81,9 +81,7 @@ def add(
 def one_of(what: str, known: Sequence[str], word: str) -> str:
     """Return a word if it is known; argparse's error, with the nearest, for any other."""
     if word not in known:
-        raise argparse.ArgumentTypeError(
-            f"unknown {what} {word!r}{suggestion(word, known)} (one of {', '.join(known)})"
-        )
+        raise argparse.ArgumentTypeError(unknown(what, word, known))
     return word
 
 
@@ -113,7 +111,7 @@ def own_model_options(parser: argparse.ArgumentParser) -> None:
 def add_model_option(parser: Any) -> None:
     """Add ``--model-option NAME=JSON``."""
     about = "argument of the model or its configuration, repeatable"
-    add(parser, "--model-option NAME=JSON", about, [], name_and_value)
+    add(parser, "--model-option NAME=JSON", about, [], partial(name_and_value, "NAME=JSON"))
 
 
 def structure_options(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +122,8 @@ def structure_options(parser: argparse.ArgumentParser) -> None:
     add(group, "--blocks B", "number of blocks", kind=int)
     add(group, "--cores C", "number of factors (Kronecker, Tensor-Train)", kind=int)
     add(group, "--factorization RULE", "split of sizes: balanced, or greedy (the paper's)")
-    add(group, "--option NAME=JSON", "another option of the structure, repeatable", [], name_and_value)
+    of_json = partial(name_and_value, "NAME=JSON")
+    add(group, "--option NAME=JSON", "another option of the structure, repeatable", [], of_json)
 
 
 def layer_patterns(parser: Any, usual: str) -> None:
@@ -170,11 +169,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def name_and_value(text: str) -> tuple[str, Any]:
-    """Return an option NAME=JSON."""
+def name_and_value(form: str, text: str) -> tuple[str, Any]:
+    """Return name and value of an option of the form NAME=VALUE, or NAME=JSON with the value that it states."""
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise argparse.ArgumentTypeError(f"must be NAME=JSON, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be {form}, got {text!r}")
+    if not form.endswith("JSON"):
+        return name, value
     try:
         return name, json.loads(value)
     except ValueError:
@@ -206,6 +207,14 @@ def check_confidence(value: float) -> None:
 def print_json(value: Any) -> None:
     """Print a value as JSON on stdout."""
     print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def show(arguments: argparse.Namespace, record: Any, text: object) -> None:
+    """Print a record as JSON, if the option --json is given, or else a text."""
+    if arguments.json:
+        print_json(record)
+    else:
+        print(text)
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:

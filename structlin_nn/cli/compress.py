@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from structlin_nn._text import table
 from structlin_nn.cli import common
 from structlin_nn.cli.common import add
 
@@ -120,10 +121,7 @@ def run(arguments: argparse.Namespace) -> None:
         "build": trained.build, "seconds": round(seconds, 3), "file": str(out), "bytes": out.stat().st_size,
         "report": report.to_dict(),
     }  # fmt: skip
-    if arguments.json:
-        common.print_json(record)
-    else:
-        _print(record, report)
+    common.show(arguments, record, _text(record, report))
 
 
 def _data(arguments: argparse.Namespace, trained: Any, device: str) -> Any:
@@ -149,8 +147,7 @@ _SHOWN = {
 }  # fmt: skip
 
 
-def _print(record: dict[str, Any], report: Any) -> None:
-    print(report)
+def _text(record: dict[str, Any], report: Any) -> str:
     before, after = record["before"], record["after"]
     rows = []
     for key, label in (("params", "parameters"), ("forward_macs", "MACs, one sample")):
@@ -159,9 +156,8 @@ def _print(record: dict[str, Any], report: Any) -> None:
     for key, (label, form) in _SHOWN.items():
         if before["quality"] is not None and key in before["quality"]:
             rows.append((label, form.format(before["quality"][key]), form.format(after["quality"][key]), ""))
-    print()
-    common.print_table(("the whole model", "before", "after", "ratio"), rows)
+    whole = table(("the whole model", "before", "after", "ratio"), rows)
     used = f"calibrated on {record['calibration_samples']:,} samples" if record["calibration_samples"] else (
         "not calibrated: the projection minimises the errors of the weights; with --data those of the outputs"
     )  # fmt: skip
-    print(f"\n{used}; {record['seconds']:.1f} s\n{record['file']}: {record['bytes']:,} bytes")
+    return f"{report}\n\n{whole}\n\n{used}; {record['seconds']:.1f} s\n{record['file']}: {record['bytes']:,} bytes"

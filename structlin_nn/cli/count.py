@@ -56,7 +56,4 @@ def run(arguments: argparse.Namespace) -> None:
     record = count_model(
         arguments.model, options=common.given_structure_options(arguments), **common.given(arguments, PASSED)
     )
-    if arguments.json:
-        common.print_json(record)
-    else:
-        print(format_count(record))
+    common.show(arguments, record, format_count(record))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from structlin_nn.cli.common import add, check_confidence, given, print_json, print_table
+from structlin_nn._text import table
+from structlin_nn.cli.common import add, check_confidence, given, name_and_value, show
 
 HELP = "fit scaling laws to run records or tables, with intervals, and compare them at equal error"
 LOSSES = ("soft_l1", "linear")
@@ -71,7 +74,8 @@ def add_rows(parser: argparse.ArgumentParser, x: str | None = None, y: str | Non
 
 def add_selection(parser: Any) -> None:
     add(parser, "--group COLUMNS", "one law each, with commas", "structure")
-    add(parser, "--where COLUMN=VALUE", "only rows with this value, repeatable", [])
+    condition = partial(name_and_value, "COLUMN=VALUE")
+    add(parser, "--where COLUMN=VALUE", "only rows with this value, repeatable", [], condition)
 
 
 def add_floor(parser: Any) -> None:
@@ -79,24 +83,13 @@ def add_floor(parser: Any) -> None:
     add(parser, "--floor E", about, False, float, nargs="?", const=True)
 
 
-def conditions_of(arguments: argparse.Namespace) -> dict[str, str]:
-    """Return the values that --where asks for, by column. Raises ValueError for what is no COLUMN=VALUE."""
-    conditions = {}
-    for text in arguments.where:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise ValueError(f"--where must be COLUMN=VALUE, got {text!r}")
-        conditions[name] = value
-    return conditions
-
-
 def read_groups(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Return the rows that the options ask for, by group. Raises OSError and ValueError as the reading does."""
     from structlin_nn.tables import group_rows, read_rows, select
 
-    conditions = conditions_of(arguments)
     every = "all" if arguments.all_evaluations else "last"
-    rows = select(read_rows(arguments.records, evaluations=every, unfinished=arguments.unfinished), conditions)
+    rows = read_rows(arguments.records, evaluations=every, unfinished=arguments.unfinished)
+    rows = select(rows, dict(arguments.where))
     return group_rows(rows, [name for name in arguments.group.split(",") if name])
 
 
@@ -106,9 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("--size and --data must be given together")
     if arguments.size is None:
         _refuse(arguments, OF_TWO_SIZES, "laws in two sizes, with --size and --data")
-        _one_size(arguments)
-        return
-    if given(arguments, ("frontier", "floor", "noise")):
+    elif given(arguments, ("frontier", "floor", "noise")):
         raise ValueError("--frontier, --floor and --noise are options of laws in one size")
     arguments.flops = 6.0 if arguments.flops is None else arguments.flops
     for name, values in (("--flops", [arguments.flops]), ("--budget", arguments.budget or [])):
@@ -118,7 +109,14 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.approach in (1, 2):
         _refuse(arguments, OF_APPROACH_3, "--approach 3")
     arguments.all_evaluations |= arguments.approach == 1
-    (_allocation if arguments.approach in (1, 2) else _two_sizes)(arguments, read_groups(arguments))
+    fit = _one_size if arguments.size is None else _allocation if arguments.approach in (1, 2) else _two_sizes
+    record, lines, draw = fit(arguments, read_groups(arguments))
+    if arguments.plot:
+        from structlin_nn.figures.style import save
+
+        save(draw(), Path(arguments.plot))
+        lines.append(f"\nfigure {arguments.plot}")
+    show(arguments, record, "\n".join(lines))
 
 
 def _refuse(arguments: argparse.Namespace, names: tuple[str, ...], what: str) -> None:
@@ -127,50 +125,46 @@ def _refuse(arguments: argparse.Namespace, names: tuple[str, ...], what: str) ->
             raise ValueError(f"--{name} is an option of {what}")
 
 
-def _one_size(arguments: argparse.Namespace) -> None:
+Fitted = tuple[dict[str, Any], list[str], Callable[[], Any]]
+"""The record, the lines of the text, and a function that draws the figure."""
+
+
+def _one_size(arguments: argparse.Namespace, groups: dict[str, Any]) -> Fitted:
     from structlin_nn.laws import comparisons_table, fitted_record, interval_text, laws_table, value_text
 
     laws, record = fitted_record(
-        read_groups(arguments), arguments.x, arguments.y, reference=arguments.reference, error=arguments.at,
+        groups, arguments.x, arguments.y, reference=arguments.reference, error=arguments.at,
         confidence=arguments.confidence, frontier=arguments.frontier, floor=arguments.floor, loss=arguments.loss,
         samples=arguments.samples, method=arguments.method or "parametric", noise=arguments.noise,
     )  # fmt: skip
-    if arguments.plot:
-        from structlin_nn.figures.compute import compute_figure
-
-        _save(compute_figure(laws, x=arguments.x, y=arguments.y, confidence=arguments.confidence), arguments)
-    if arguments.json:
-        print_json(record)
-        return
     percent = f"{100 * arguments.confidence:g} %"
     floor = "fitted" if arguments.floor is True else f"{arguments.floor:g}" if arguments.floor else "none"
-    print(f"{arguments.y} = a C^-alpha, C = {arguments.x}, irreducible error {floor}; intervals of {percent}\n")
-    print_table(*laws_table(record, bool(arguments.floor)))
-    for name, law in record["groups"].items():
-        for note in law["notes"]:
-            print(f"warning: {name}: {note}")
-    _print_left_out(record["left_out"])
+    lines = [f"{arguments.y} = a C^-alpha, C = {arguments.x}, irreducible error {floor}; intervals of {percent}\n"]
+    lines.append(table(*laws_table(record, bool(arguments.floor))))
+    lines += [f"warning: {name}: {note}" for name, law in record["groups"].items() for note in law["notes"]]
+    lines += _left_out(record)
     for key, what, by in (
         ("comparisons", "compute", ""),
         ("comparisons_by_time", "time", ", by the seconds of training"),
     ):
         if found := record.get(key):
-            print(f"\nagainst {record['reference']}{by}\n")
-            print_table(*comparisons_table(found, what))
-            for name, row in found.items():
-                for note in row["notes"]:
-                    print(f"{name}: {note}")
+            lines += [f"\nagainst {record['reference']}{by}\n", table(*comparisons_table(found, what))]
+            lines += [f"{name}: {note}" for name, row in found.items() for note in row["notes"]]
     if arguments.at is not None:
-        print(f"\ncompute for an error of {arguments.at:g}\n")
         needed = {name: law.get("compute_at_error", {"value": "inf"}) for name, law in record["groups"].items()}
         names = sorted(needed, key=lambda name: float(needed[name]["value"]))
         rows = [(name, value_text(needed[name]), interval_text(needed[name])) for name in names]
-        print_table(("group", arguments.x, "interval"), rows)
-    if arguments.plot:
-        print(f"\nfigure {arguments.plot}")
+        lines += [f"\ncompute for an error of {arguments.at:g}\n", table(("group", arguments.x, "interval"), rows)]
+
+    def draw() -> Any:
+        from structlin_nn.figures.compute import compute_figure
+
+        return compute_figure(laws, x=arguments.x, y=arguments.y, confidence=arguments.confidence)
+
+    return record, lines, draw
 
 
-def _two_sizes(arguments: argparse.Namespace, groups: dict[str, Any]) -> None:
+def _two_sizes(arguments: argparse.Namespace, groups: dict[str, Any]) -> Fitted:
     from structlin_nn.laws import (
         SHARED,
         default_reference,
@@ -195,38 +189,34 @@ def _two_sizes(arguments: argparse.Namespace, groups: dict[str, Any]) -> None:
     record = sizes_record(
         drawn, left_out, columns=columns, budgets=budgets, reference=reference, loss=arguments.at, **common
     )
-    if arguments.plot:
-        from structlin_nn.figures.compute import sizes_figure
-
-        _save(sizes_figure(drawn, size=arguments.size, y=arguments.y, budgets=budgets or None, **common), arguments)
-    if arguments.json:
-        print_json(record)
-        return
-    print(
+    lines = [
         f"{arguments.y} = E + A/N^alpha + B/D^beta, N = {arguments.size}, D = {arguments.data}; shared: "
-        f"{', '.join(record['shared']) or 'nothing'}; intervals of {100 * arguments.confidence:g} %\n"
-    )
-    print_table(*sizes_table(record))
-    print(f"\n{100 * record['agreement']:.0f} % of the starts end at this minimum")
-    for note in record["notes"]:
-        print(f"warning: {note}")
-    _print_left_out(left_out)
+        f"{', '.join(record['shared']) or 'nothing'}; intervals of {100 * arguments.confidence:g} %\n",
+        table(*sizes_table(record)),
+        f"\n{100 * record['agreement']:.0f} % of the starts end at this minimum",
+        *(f"warning: {note}" for note in record["notes"]),
+        *_left_out(record),
+    ]
     if budgets:
-        print(f"\nthe best split of a budget, {arguments.flops:g} FLOPs for each unit of N and D\n")
+        lines.append(f"\nthe best split of a budget, {arguments.flops:g} FLOPs for each unit of N and D\n")
         rows = [
             (name, f"{best['compute']:.3g}", *(estimate_text(best[key]) for key in ("params", "tokens", "loss")))
             for name, law in record["groups"].items()
             for best in law["optima"]
         ]
-        print_table(("group", "FLOPs", *columns), rows)
+        lines.append(table(("group", "FLOPs", *columns), rows))
     if reference is not None:
-        print(f"\nagainst {reference}, each at its best split\n")
-        print_table(*multipliers_table(record))
-    if arguments.plot:
-        print(f"\nfigure {arguments.plot}")
+        lines += [f"\nagainst {reference}, each at its best split\n", table(*multipliers_table(record))]
+
+    def draw() -> Any:
+        from structlin_nn.figures.compute import sizes_figure
+
+        return sizes_figure(drawn, size=arguments.size, y=arguments.y, budgets=budgets or None, **common)
+
+    return record, lines, draw
 
 
-def _allocation(arguments: argparse.Namespace, groups: dict[str, Any]) -> None:
+def _allocation(arguments: argparse.Namespace, groups: dict[str, Any]) -> Fitted:
     from structlin.scaling_laws import IsoFlop
     from structlin_nn.laws import allocations, estimate_text, plain
 
@@ -255,26 +245,18 @@ def _allocation(arguments: argparse.Namespace, groups: dict[str, Any]) -> None:
         points += [(name, *(f"{p[k]:.4g}" if k in p else "-" for k in ("compute", "params", "loss"))) for p in own]
         points += [(name, budget, "-", reason) for budget, reason in without.items()]
         best += [(name, f"{o['compute']:.3g}", f"{o['params']:.4g}", f"{o['tokens']:.4g}") for o in optima]
-    if arguments.json:
-        print_json(record)
-        return
     what = "envelope of the curves" if approach == 1 else "iso-FLOP parabolas"
-    print(f"{what}: N_opt ~ C^a, N = {arguments.size}, D = {arguments.data}\n")
-    print_table(("group", "budgets" if approach == 2 else "runs", "a"), rows)
-    print()
-    print_table(("group", "FLOPs", arguments.size, arguments.y), points)
+    lines = [
+        f"{what}: N_opt ~ C^a, N = {arguments.size}, D = {arguments.data}\n",
+        table(("group", "budgets" if approach == 2 else "runs", "a"), rows),
+        "",
+        table(("group", "FLOPs", arguments.size, arguments.y), points),
+    ]
     if budgets:
-        print("\nthe best split of a budget\n")
-        print_table(("group", "FLOPs", arguments.size, arguments.data), best)
-    _print_left_out(left_out)
+        head = ("group", "FLOPs", arguments.size, arguments.data)
+        lines += ["\nthe best split of a budget\n", table(head, best)]
+    return record, [*lines, *_left_out(record)], lambda: None
 
 
-def _save(figure: Any, arguments: argparse.Namespace) -> None:
-    from structlin_nn.figures.style import save
-
-    save(figure, Path(arguments.plot))
-
-
-def _print_left_out(left_out: dict[str, str]) -> None:
-    for name, reason in left_out.items():
-        print(f"not fitted: {name}: {reason}")
+def _left_out(record: dict[str, Any]) -> list[str]:
+    return [f"not fitted: {name}: {reason}" for name, reason in record["left_out"].items()]

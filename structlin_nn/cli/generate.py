@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from structlin_nn.cli.common import add, device_of, positive, print_json
+from structlin_nn.cli.common import add, device_of, positive, show
 
 TOKENIZERS = ("gpt2", "bytes")
 HELP = "continue a text with a trained GPT-2"
@@ -70,11 +70,9 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.endless:
         rows = [row[: row.index(tokenizer.end_of_text)] if tokenizer.end_of_text in row else row for row in rows]
     texts = [tokenizer.decode(row) for row in rows]
-    if arguments.json:
-        samples = [{"text": text, "tokens": row} for text, row in zip(texts, rows, strict=True)]
-        print_json({"prompt": arguments.prompt, "tokenizer": name, "samples": samples})
-    else:
-        print(f"\n{'-' * 20}\n".join(arguments.prompt + text for text in texts))
+    samples = [{"text": text, "tokens": row} for text, row in zip(texts, rows, strict=True)]
+    record = {"prompt": arguments.prompt, "tokenizer": name, "samples": samples}
+    show(arguments, record, f"\n{'-' * 20}\n".join(arguments.prompt + text for text in texts))
 
 
 def _model(arguments: argparse.Namespace) -> tuple[Any, str | None]:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
-from structlin_nn._text import suggestion
+from structlin_nn._text import unknown
 from structlin_nn.cli.common import Parser, fail
 
 NAMES = (
@@ -102,6 +102,6 @@ def _no_command(word: str, arguments: list[str]) -> NoReturn:
         known = "(not installed)"
     parser.add_argument("--version", action="version", version=f"structlin {known}")
     if word and not word.startswith("-"):
-        parser.error(f"unknown command {word!r}{suggestion(word, COMMANDS)} (one of {', '.join(COMMANDS)})")
+        parser.error(unknown("command", word, COMMANDS))
     parser.parse(arguments)
     parser.error(f"a command is needed: {', '.join(COMMANDS)}")

@@ -9,8 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from structlin_nn._text import table
 from structlin_nn.cli import common
-from structlin_nn.cli.common import add, given, print_json, print_table
+from structlin_nn.cli.common import add, given, show
 
 HELP = "find the widths, ranks, cores, blocks and depths that use most of a budget, structure by structure"
 NAMES = ("layer", *common.MODELS)
@@ -50,6 +51,8 @@ with the data sheet of a device or with measured rates of this machine (cpu). la
 forward_macs --data samples` give the structure, width and number of samples of the lowest loss within a budget of the
 run.
 """
+Shown = tuple[Any, list[str]]
+"""A record for JSON, and the lines of the text."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,22 +122,26 @@ def run(arguments: argparse.Namespace) -> None:
     if len(budgets) > 1 and any(len(values) > 1 for values in budgets.values()):
         raise ValueError("give several budgets of one kind, or one budget of each of several kinds")
     if arguments.name == "layer":
-        _layer(arguments, budgets)
-        return
+        record, lines = _layer(arguments, budgets)
+    else:
+        record, lines = _of_model(arguments, budgets)
+    show(arguments, record, "\n".join(lines))
+
+
+def _of_model(arguments: argparse.Namespace, budgets: dict[str, list[float]]) -> Shown:
     if arguments.shape is not None:
         raise ValueError(f"--shape is an option of a layer, and NAME is {arguments.name}")
     if "macs" in budgets:
         raise ValueError("the compute of a model is --forward-macs or --training-flops, --macs is of a layer")
     settings = given(arguments, (*OF_MODELS, *CHOICES, "dtype"))
     if arguments.laws is not None:
-        _by_law(arguments, budgets, settings)
-    elif any(len(values) > 1 for values in budgets.values()):
-        _table(arguments, *next(iter(budgets.items())), settings)
-    else:
-        _model(arguments, {name: value for name, (value,) in budgets.items()}, settings)
+        return _by_law(arguments, budgets, settings)
+    if any(len(values) > 1 for values in budgets.values()):
+        return _table(arguments, *next(iter(budgets.items())), settings)
+    return _model(arguments, {name: value for name, (value,) in budgets.items()}, settings)
 
 
-def _layer(arguments: argparse.Namespace, budgets: dict[str, list[float]]) -> None:
+def _layer(arguments: argparse.Namespace, budgets: dict[str, list[float]]) -> Shown:
     from structlin.planning import RESOURCES, plan_layer, plan_layers
     from structlin_nn.planning import parse_structure
 
@@ -158,20 +165,16 @@ def _layer(arguments: argparse.Namespace, budgets: dict[str, list[float]]) -> No
             for name, options in map(parse_structure, arguments.structure)
         ]
     plans.sort(key=lambda plan: -plan.share)
-    if arguments.json:
-        record = {"shape": arguments.shape, "resource": resource, "budget": amounts[0], "left_out": left_out}
-        print_json({**record, "plans": [asdict(p) for p in plans]})
-        return
+    record = {"shape": arguments.shape, "resource": resource, "budget": amounts[0], "left_out": left_out}
     rows = [
         (p.structure, _shown(p.options), f"{p.macs:,}", f"{p.params:,}", f"{p.bytes:,}", f"{100 * p.share:.1f} %")
         for p in plans
     ]
-    print_table(("structure", "options", "MACs", "parameters", "bytes", "of budget"), rows, left=2)
-    for text in left_out.values():
-        print(text)
+    lines = [table(("structure", "options", "MACs", "parameters", "bytes", "of budget"), rows, left=2)]
+    return {**record, "plans": [asdict(p) for p in plans]}, [*lines, *left_out.values()]
 
 
-def _model(arguments: argparse.Namespace, budgets: dict[str, float], settings: dict[str, Any]) -> None:
+def _model(arguments: argparse.Namespace, budgets: dict[str, float], settings: dict[str, Any]) -> Shown:
     from structlin_nn.planning import best_plan, parse_structure, plan_models
 
     chosen = [parse_structure(text) for text in arguments.structure or STRUCTURES]
@@ -179,10 +182,7 @@ def _model(arguments: argparse.Namespace, budgets: dict[str, float], settings: d
     if not plans:
         raise ValueError(_reason(left_out.values()))
     best = best_plan(plans, arguments.prefer or "spent")
-    if arguments.json:
-        record = {"model": arguments.name, "budgets": budgets, "plans": [asdict(plan) for plan in plans]}
-        print_json({**record, "left_out": left_out, "best": plans.index(best)})
-        return
+    record = {"model": arguments.name, "budgets": budgets, "plans": [asdict(plan) for plan in plans]}
     columns: dict[str, Callable[[Any], str] | None] = {
         "structure": lambda p: p.structure,
         "options": lambda p: _shown(_usual(p.structure, p.options)),
@@ -197,15 +197,14 @@ def _model(arguments: argparse.Namespace, budgets: dict[str, float], settings: d
         "next": lambda p: f"{p.planned} {p.next}" if p.next else "-",
     }
     shown = {name: cell for name, cell in columns.items() if cell is not None}
-    print_table(list(shown), [[cell(plan) for cell in shown.values()] for plan in plans], left=2)
+    lines = [table(list(shown), [[cell(plan) for cell in shown.values()] for plan in plans], left=2)]
     if arguments.prefer is not None:
-        print(f"best by {arguments.prefer}: {best.structure} of width {best.width}")
-    for text in left_out.values():
-        print(text)
+        lines.append(f"best by {arguments.prefer}: {best.structure} of width {best.width}")
+    return {**record, "left_out": left_out, "best": plans.index(best)}, [*lines, *left_out.values()]
 
 
-def _by_law(arguments: argparse.Namespace, budgets: dict[str, list[float]], settings: dict[str, Any]) -> None:
-    """Print the cheapest model for an error, or the one of the lowest loss within one budget of a run."""
+def _by_law(arguments: argparse.Namespace, budgets: dict[str, list[float]], settings: dict[str, Any]) -> Shown:
+    """Return the cheapest model for an error, or the one of the lowest loss within one budget of a run."""
     from structlin_nn.law_planning import plan_by_law, plan_for_error
 
     if arguments.structure is not None:
@@ -225,10 +224,6 @@ def _by_law(arguments: argparse.Namespace, budgets: dict[str, list[float]], sett
         rows = plan_by_law(arguments.name, laws, amounts[0], resource=resource, **settings)
         about = f"lowest {laws['y']} first, within {amounts[0]:g} {resource.replace('_', ' ')}"
         number, more = ("loss", laws["y"]), ["samples"]
-    if arguments.json:
-        print_json([row | {"plan": row["plan"] and asdict(row["plan"])} for row in rows])
-        return
-    print(f"{about}\n")
     cells = []
     for row in rows:
         if (plan := row["plan"]) is None:
@@ -237,11 +232,12 @@ def _by_law(arguments: argparse.Namespace, budgets: dict[str, list[float]], sett
         sizes = (str(plan.width), f"{plan.params:,}", f"{plan.forward_macs:,.0f}", *(f"{row[k]:,}" for k in more))
         note = "outside the fitted points" if row["extrapolated"] else ""
         cells.append((row["group"], f"{row[number[0]]:.4g}", *sizes, note))
-    print_table(("group", number[1], "width", "parameters", "MACs/sample", *more, ""), cells)
+    record = [row | {"plan": row["plan"] and asdict(row["plan"])} for row in rows]
+    return record, [f"{about}\n", table(("group", number[1], "width", "parameters", "MACs/sample", *more, ""), cells)]
 
 
-def _table(arguments: argparse.Namespace, resource: str, budgets: list[float], settings: dict[str, Any]) -> None:
-    """Print the width of each structure for each budget, and its parameters."""
+def _table(arguments: argparse.Namespace, resource: str, budgets: list[float], settings: dict[str, Any]) -> Shown:
+    """Return the width of each structure for each budget, and its parameters."""
     from structlin_nn.planning import iso_table, parse_structure
 
     chosen = [parse_structure(text) for text in arguments.structure or STRUCTURES]
@@ -249,9 +245,6 @@ def _table(arguments: argparse.Namespace, resource: str, budgets: list[float], s
     reasons = dict.fromkeys(text for row in rows for text in row["left_out"].values())
     if not any(row["plans"] for row in rows):
         raise ValueError(_reason(reasons))
-    if arguments.json:
-        print_json([row | {"plans": {name: asdict(plan) for name, plan in row["plans"].items()}} for row in rows])
-        return
 
     def cell(plan: Any) -> str:
         if plan is None:
@@ -259,12 +252,11 @@ def _table(arguments: argparse.Namespace, resource: str, budgets: list[float], s
         deep = f", depth {plan.depth}" if arguments.depth is not None else ""
         return f"{plan.width}{deep} ({plan.params:.3g})"
 
-    print(f"widest model within {resource.replace('_', ' ')}, and its parameters\n")
     labels = dict.fromkeys(name for row in rows for name in (*row["plans"], *row["left_out"]))
     cells = [(label, *(cell(row["plans"].get(label)) for row in rows)) for label in labels]
-    print_table(("structure", *(f"{row['budget']:g}" for row in rows)), cells)
-    for text in reasons:
-        print(text)
+    lines = [f"widest model within {resource.replace('_', ' ')}, and its parameters\n"]
+    lines += [table(("structure", *(f"{row['budget']:g}" for row in rows)), cells), *reasons]
+    return [row | {"plans": {name: asdict(plan) for name, plan in row["plans"].items()}} for row in rows], lines
 
 
 def _reason(reasons: Iterable[str]) -> str:

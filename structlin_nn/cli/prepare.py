@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from structlin_nn.cli.common import add, given, positive, print_json
+from structlin_nn.cli.common import add, given, positive, show
 
 HELP = "write text files or OpenWebText as token files"
 KINDS = ("text", "openwebtext")
@@ -70,12 +70,10 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.tokenizer in (None, "auto"):
             options["tokenizer"] = _gpt2_or_bytes(arguments.vocabulary)
         data = prepare_text(arguments.file or None, arguments.out, **options)
-    if arguments.json:
-        told = {name: getattr(data, name) for name in ("name", "tokenizer", "vocab_size")}
-        sizes = {f"{split}_tokens": len(getattr(data, split)) for split in ("train", "val")}
-        print_json({**told, **sizes, "folder": str(data.folder), "sha256": data.digest})
-    else:
-        print(f"{data!r}, {data.tokenizer} tokens, in {data.folder}")
+    record = {name: getattr(data, name) for name in ("name", "tokenizer", "vocab_size")}
+    record |= {f"{split}_tokens": len(getattr(data, split)) for split in ("train", "val")}
+    record |= {"folder": str(data.folder), "sha256": data.digest}
+    show(arguments, record, f"{data!r}, {data.tokenizer} tokens, in {data.folder}")
 
 
 def _gpt2_or_bytes(vocabulary: str | None) -> str:

@@ -50,7 +50,4 @@ def run(arguments: argparse.Namespace) -> None:
             exclude=arguments.exclude, shared_weights="skip", min_features=arguments.min_features,
             convolutions=arguments.convolutions, dearer=arguments.dearer, **common.given_structure_options(arguments),
         )  # fmt: skip
-    if arguments.json:
-        common.print_json(report.to_dict())
-    else:
-        print(report)
+    common.show(arguments, report.to_dict(), report)

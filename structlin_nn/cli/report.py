@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from structlin_nn.cli.common import add, check_confidence
-from structlin_nn.cli.fit import add_floor, add_selection, conditions_of
+from structlin_nn.cli.fit import add_floor, add_selection
 
 HELP = "write one HTML page about runs: curves, laws, multipliers, compute and time, planned and spent"
 EXAMPLES = """\
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"a report is written as .html, got {out.name!r}")
     check_confidence(arguments.confidence)
     write_report(
-        out, arguments.records, y=arguments.y, x=arguments.x, where=conditions_of(arguments),
+        out, arguments.records, y=arguments.y, x=arguments.x, where=dict(arguments.where),
         group=[name for name in arguments.group.split(",") if name], reference=arguments.reference, error=arguments.at,
         floor=arguments.floor, samples=arguments.samples, confidence=arguments.confidence, title=arguments.title,
     )  # fmt: skip

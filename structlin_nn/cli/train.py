@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from structlin_nn._text import suggestion
+from structlin_nn._text import unknown
 from structlin_nn.cli.common import fail, print_json, print_table
 
 NAMES: dict[str, tuple[str, str, str]] = {
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     name, *rest = arguments
     if name not in NAMES:
-        return _misuse(f"unknown name {name!r}{suggestion(name, NAMES)} (one of {', '.join(NAMES)})")
+        return _misuse(unknown("name", name, NAMES))
     from structlin_nn.recipes._run import Interruption
 
     with Interruption():  # handles signals before the first step

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from structlin._arrays import dtype_name
 from structlin.execution.devices import DEVICES, Device
 from structlin.execution.rates import least_seconds
-from structlin_nn._text import check_integer
+from structlin_nn._text import check_integer, check_known
 from structlin_nn.torch.counting import ModelCount, count
 
 DTYPES = {
@@ -32,21 +31,14 @@ OPTIMIZER_STATES = {"adam": 2, "adamw": 2, "sign": 1, "sgd": 1}
 def itemsize(dtype: Any) -> int:
     """Return the bytes of a number; ValueError for a dtype that is not in :data:`DTYPES`."""
     name = dtype if isinstance(dtype, str) else dtype_name(dtype)
-    if name not in DTYPES:
-        raise ValueError(f"unknown dtype {name!r}; one of {', '.join(DTYPES)}")
+    check_known("dtype", name, DTYPES)
     return DTYPES[name]
 
 
 def states_of(optimizer: str) -> int:
     """Return the numbers that an optimizer keeps for each parameter."""
-    if optimizer not in OPTIMIZER_STATES:
-        raise ValueError(f"unknown optimizer {optimizer!r}; one of {', '.join(OPTIMIZER_STATES)}")
+    check_known("optimizer", optimizer, OPTIMIZER_STATES)
     return OPTIMIZER_STATES[optimizer]
-
-
-class _CrossEntropy(nn.Module):
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(logits, targets)
 
 
 def count_loss(shape: Sequence[int], soft: bool = False) -> ModelCount:
@@ -68,7 +60,7 @@ def count_loss(shape: Sequence[int], soft: bool = False) -> ModelCount:
     logits = torch.empty(torch.Size(lead).numel(), classes, device="meta", requires_grad=True)
     kind = logits.dtype if soft else torch.int64
     targets = torch.empty(logits.shape if soft else logits.shape[:1], device="meta", dtype=kind)
-    return count(_CrossEntropy(), logits, targets)
+    return count(nn.CrossEntropyLoss(), logits, targets)
 
 
 def training_bytes(
@@ -161,8 +153,6 @@ def measure_cpu(dtype: str = "float32") -> Device:
 
     The least time of some repetitions counts. ValueError for an unknown dtype, or a dtype of one byte.
     """
-    import torch
-
     if itemsize(dtype) == 1:
         raise ValueError(f"a CPU can be measured in float64, float32, bfloat16 or float16, got {dtype}")
     a, b = torch.ones(2, 1024, 1024, dtype=getattr(torch, dtype))
@@ -185,8 +175,7 @@ def device(name: str, dtype: str = "float32") -> Device:
     """
     if name == "cpu":
         return measure_cpu(dtype)
-    if name not in DEVICES:
-        raise ValueError(f"unknown device {name!r}; one of {', '.join((*DEVICES, 'cpu'))}")
+    check_known("device", name, (*DEVICES, "cpu"))
     return DEVICES[name]
 
 

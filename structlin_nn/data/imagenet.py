@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from structlin_nn._text import check_known
 from structlin_nn.data import augment
 from structlin_nn.data._splits import Split, open_folders, open_hub, recognise
 from structlin_nn.data.images import batch_rows
@@ -336,8 +337,8 @@ def open_imagenet(
     >>> data.classes, data.train_size, data.val_size, images.shape
     (('cat', 'dog'), 2, 1, torch.Size([2, 3, 16, 16]))
     """
-    if format not in (None, *FORMATS):
-        raise ValueError(f"unknown format {format!r}; one of {', '.join(FORMATS)}")
+    if format is not None:
+        check_known("format", format, FORMATS)
     place = Path(source).expanduser()
     kind = format or recognise(place)
     if kind != "datasets" and not place.is_dir():

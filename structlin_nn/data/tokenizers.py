@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from structlin_nn._text import check_known
 from structlin_nn.data.tokens import GPT2_VOCABULARY
 
 __all__ = ["TOKENIZERS", "Tokenizer", "load_tokenizer"]
@@ -55,8 +56,7 @@ def load_tokenizer(name: str, folder: str | os.PathLike[str] | None = None) -> T
     >>> tokenizer.encode("añ"), tokenizer.decode([97, 195, 177, 256])
     ([97, 195, 177], 'añ<|endoftext|>')
     """
-    if name not in TOKENIZERS:
-        raise ValueError(f"unknown tokenizer {name!r}; one of {', '.join(TOKENIZERS)}")
+    check_known("tokenizer", name, TOKENIZERS)
     if name == "bytes":
         if folder is not None:
             raise ValueError(f"bytes have no vocabulary, got the folder {os.fspath(folder)}")

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from structlin_nn._text import check_known
 from structlin_nn.models.factory import LAYER_PRESETS, LinearFactory, StructureConfig
 from structlin_nn.models.files import load_model, save_model
 from structlin_nn.models.networks import GPT2, MLP, GPT2Config, MLPConfig, ViT, ViTConfig
@@ -66,8 +67,7 @@ MODELS: dict[str, ModelSpec] = {
 
 
 def _spec(name: str, sizes: Mapping[str, Any]) -> ModelSpec:
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; one of {', '.join(MODELS)}")
+    check_known("model", name, MODELS)
     spec = MODELS[name]
     if unknown := [key for key in sizes if key not in spec.options]:
         raise ValueError(

@@ -16,7 +16,7 @@ from torch import nn
 
 import structlin
 from structlin.scale import RULES
-from structlin_nn._text import check_integer
+from structlin_nn._text import check_integer, check_known
 from structlin_nn.torch import StructuredLinear
 
 ROLES = ("input", "hidden", "output")
@@ -68,10 +68,9 @@ class StructureConfig:
         if unknown := [key for key in self.options if key not in known]:
             allowed = f"its options are {', '.join(known)}" if known else "it has none"
             raise ValueError(f"structure {self.name!r} has no option {', '.join(map(repr, unknown))}; {allowed}")
-        if self.layers is not None and self.layers not in LAYER_PRESETS:
-            raise ValueError(f"unknown layers {self.layers!r}; one of {', '.join(LAYER_PRESETS)}")
-        if self.rule not in RULES:
-            raise ValueError(f"unknown rule {self.rule!r}; one of {', '.join(RULES)}")
+        if self.layers is not None:
+            check_known("layers", self.layers, LAYER_PRESETS)
+        check_known("rule", self.rule, RULES)
         if not isinstance(self.rms_cap, bool):
             raise TypeError(f"rms_cap must be True or False, got {self.rms_cap!r}")
         object.__setattr__(self, "options", dict(self.options))
@@ -114,8 +113,7 @@ class LinearFactory:
         A layer of the role ``input`` reads the data, one of the role ``output`` makes the logits, others are
         ``hidden``. ``gain=False`` leaves out the learned gains of an RMS-capped layer.
         """
-        if role not in ROLES:
-            raise ValueError(f"unknown role {role!r}; one of {', '.join(ROLES)}")
+        check_known("role", role, ROLES)
         if role not in self.roles:
             return {"structure": "dense"}
         config = self.structure

@@ -10,7 +10,7 @@ import importlib
 from types import ModuleType
 from typing import Any
 
-from structlin_nn._text import suggestion
+from structlin_nn._text import unknown
 
 __all__ = ["MODELS", "recipe", "recipe_module"]
 
@@ -26,7 +26,7 @@ _RECIPES = ("cifar", "imagenet", "gpt2", "flax_cifar", "flax_gpt2")
 def recipe_module(name: str) -> ModuleType:
     """Return the module of a recipe; ValueError for an unknown name, with the nearest."""
     if name not in _RECIPES:
-        raise ValueError(f"unknown recipe {name!r}{suggestion(name, _RECIPES)} (one of {', '.join(_RECIPES)})")
+        raise ValueError(unknown("recipe", name, _RECIPES))
     return importlib.import_module(f"structlin_nn.recipes.{name}")
 
 
@@ -49,6 +49,6 @@ def recipe(model: str = "cifar-mlp", **changes: Any) -> Any:
     """
     named = "imagenet-vit" if model.startswith("timm:") else model
     if named not in MODELS:
-        raise ValueError(f"unknown model {model!r}{suggestion(model, MODELS)} (one of {', '.join(MODELS)})")
+        raise ValueError(unknown("model", model, MODELS))
     name, own = MODELS[named]
     return recipe_module(name).Config.from_dict({**own, **changes, "model": model})

@@ -21,7 +21,7 @@ import tyro
 from beartype.door import is_bearable
 
 import structlin
-from structlin_nn._text import suggestion
+from structlin_nn._text import suggestion, unknown
 
 _EXCLUSIVE = {"rank": "rank_fraction", "rank_fraction": "rank"}  # two ways to state one size
 
@@ -163,8 +163,8 @@ class RunConfig:
     def _check(self) -> None:
         """Check ranges; recipes add their own."""
         if self.is_named:
-            near = f"{suggestion(self.model, self.named)} (one of {', '.join(self.named)}, timm:NAME, hf:CONFIG, or"
-            require(self.model in self.named, f"unknown model {self.model!r}{near} package.module:function)")
+            others = ("timm:NAME", "hf:CONFIG", "or package.module:function")
+            require(self.model in self.named, unknown("model", self.model, self.named, *others))
             require(not self.model_options, f"model_options are for other models than {self.model}")
         else:
             usual = {entry.name: entry.default for entry in fields(self)}
@@ -272,8 +272,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         value = float(value)
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
-        near = suggestion(str(value), map(str, choices))
-        require(value in choices, f"unknown {name} {value!r}{near} (one of {', '.join(map(str, choices))})")
+        require(value in choices, unknown(name, value, map(str, choices)))
     elif not is_bearable(value, hint) or (hint is int and isinstance(value, bool)):
         shown = getattr(hint, "__name__", None) if typing.get_origin(hint) is None else None
         raise TypeError(f"{name} must be {shown or str(hint).replace('typing.', '')}, got {value!r}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from structlin_nn._text import suggestion
+from structlin_nn._text import unknown
 from structlin_nn.recipes import recipe
 
 __all__ = ["Overlay", "Sweep", "find", "grid", "merge", "names", "run_name", "zipped"]
@@ -166,7 +166,7 @@ def find(name: str) -> Sweep:
         content = runpy.run_path(name)
     else:
         if name not in names():
-            raise ValueError(f"unknown sweep {name!r}{suggestion(name, names())} (one of {', '.join(names())})")
+            raise ValueError(unknown("sweep", name, names()))
         content = vars(importlib.import_module(f"structlin_nn.configs.{name.replace('-', '_')}"))
     found = content.get("SWEEP")
     if not isinstance(found, Sweep):

@@ -25,15 +25,16 @@ from structlin_nn.torch._modules import (
     is_conv1d,
     linear_sizes,
     num_experts,
+    places_of,
     pointwise_sizes,
-    put,
+    put_structured,
     sizes_of,
     structured_kind,
 )
 from structlin_nn.torch._operator import from_text, to_text
 from structlin_nn.torch.experts import ExpertLinear
 from structlin_nn.torch.linear import StructuredLinear
-from structlin_nn.torch.replace import _check_is_called, _switch_off_fast_paths
+from structlin_nn.torch.replace import _check_is_called
 from structlin_nn.torch.unpack import unpack_linear
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
@@ -48,13 +49,8 @@ def layout_of(model: nn.Module) -> dict[str, Any]:
     """Return the layout of a model."""
     if isinstance(model, StructuredLinear):
         raise ValueError("the model itself is a structured layer; put it in a container")
-    places: dict[StructuredLinear, list[str]] = {}
-    plain = []
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, StructuredLinear):
-            places.setdefault(module, []).append(name)
-        elif type(module) in (nn.Linear, ExpertLinear) and name:
-            plain.append(name)
+    places = places_of(model, lambda module: isinstance(module, StructuredLinear))
+    plain = [n for n, m in model.named_modules(remove_duplicate=False) if type(m) in (nn.Linear, ExpertLinear) and n]
     return {"layers": [_form(layer, names) for layer, names in places.items()], "linear": plain}
 
 
@@ -161,9 +157,7 @@ class Change:
         """Replace the old layer by the new one, without values."""
         held = [*self.old.parameters(), *self.old.buffers()]
         made = self.new.to_empty(device=held[0].device) if held else self.new
-        put(model, self.names, made)
-        for name in self.names:
-            _switch_off_fast_paths(model, name)
+        put_structured(model, self.names, made)
 
 
 def changes(model: nn.Module, layout: Mapping[str, Any]) -> list[Change]:
@@ -172,10 +166,7 @@ def changes(model: nn.Module, layout: Mapping[str, Any]) -> list[Change]:
     Packed weights are unpacked (:func:`structlin_nn.torch.unpack_linear`). Layers that agree with the layout stay.
     """
     unpack_linear(model, [name for form in layout["layers"] for name in form["names"]])
-    modules = dict(model.named_modules(remove_duplicate=False))
-    places: dict[nn.Module, list[str]] = {}
-    for name, module in modules.items():
-        places.setdefault(module, []).append(name)
+    modules, places = dict(model.named_modules(remove_duplicate=False)), places_of(model, lambda module: True)
     found = []
     for form in layout["layers"]:
         names = tuple(form["names"])

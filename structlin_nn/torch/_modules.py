@@ -49,6 +49,35 @@ def put(model: nn.Module, names: Iterable[str], new: nn.Module) -> None:
         setattr(model.get_submodule(parent), attribute, new)
 
 
+def put_structured(model: nn.Module, names: Iterable[str], new: nn.Module) -> dict[str, None]:
+    """Set a layer without a weight, and return notes on fused paths of torch's Transformer that it switches off.
+
+    The fused inference path would read the weight.
+    """
+    put(model, names, new)
+    notes: dict[str, None] = {}
+    for name in names:
+        while name:
+            name = name.rpartition(".")[0]
+            module = model.get_submodule(name)
+            if isinstance(module, nn.TransformerEncoderLayer):
+                module.activation_relu_or_gelu = 0
+                notes[f"fused inference path switched off: {name or 'the model'}"] = None
+            elif isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
+                notes[f"nested tensors switched off: {name or 'the model'}"] = None
+    return notes
+
+
+def places_of(model: nn.Module, wanted: Callable[[nn.Module], Any]) -> dict[Any, list[str]]:
+    """Return the modules for which ``wanted`` is true, with all their names, in the order of registration."""
+    found: dict[Any, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if wanted(module):
+            found.setdefault(module, []).append(name)
+    return found
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Return whether this is the Conv1D of transformers, a linear layer with a weight of shape (in, out)."""
     found = sys.modules.get("transformers.pytorch_utils")

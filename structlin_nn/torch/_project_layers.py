@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import structlin
 from structlin.projection import Problem, Settings, Solution, solve
 from structlin.structure import AbstractStructure
+from structlin_nn._layer import structure_of
+from structlin_nn._replacement import plain
 from structlin_nn._text import sizes_text, table
 from structlin_nn.torch._modules import is_conv1d, linear_sizes, num_experts, structured_kind
 from structlin_nn.torch._project_curve import Forms, allocate, saves
@@ -65,10 +67,7 @@ class LayerProjection:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the attributes as plain values, for JSON."""
-        options = {name: list(value) if isinstance(value, tuple) else value for name, value in self.options.items()}
-        structure = None if self.structure is None else repr(self.structure)
-        ends = {"names": list(self.names), "shape": list(self.shape)}
-        return {**vars(self), **ends, "structure": structure, "options": options}
+        return plain(self)
 
 
 @dataclass(frozen=True)
@@ -118,12 +117,7 @@ class ProjectionReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, for JSON; total MACs are those of one vector at each place."""
         totals = ("macs_before", "macs_after", "params_before", "params_after")
-        lists = {
-            "layers": [layer.to_dict() for layer in self.layers],
-            "skipped": [list(pair) for pair in self.skipped],
-            "notes": list(self.notes),
-        }
-        return {**vars(self), **lists, **{name: getattr(self, name) for name in totals}}
+        return plain(self) | {name: getattr(self, name) for name in totals}
 
     def __str__(self) -> str:
         calibrated = any(layer.output_error is not None for layer in self.layers)
@@ -302,18 +296,10 @@ class Choice:
         return (task.dense_macs if structure is None else structure.macs) * len(task.names)
 
     def _given(self, task: Task) -> AbstractStructure:
-        if isinstance(self.structure, str):
-            return structlin.design(self.structure, task.shape, **self.options)
         made = self.structure
-        if not isinstance(made, AbstractStructure):
+        if not isinstance(made, str | AbstractStructure):
             made = made(task.names[0], task.linear)
-        if not isinstance(made, AbstractStructure):
-            raise TypeError(f"structure must be a name or an AbstractStructure, got {made!r}")
-        if self.options:
-            raise ValueError(f"options {', '.join(self.options)} need the name of a structure, got {made!r}")
-        if made.shape != task.shape:
-            raise ValueError(f"a layer of shape {task.shape} cannot hold {made!r}, which has shape {made.shape}")
-        return made
+        return structure_of(made, task.shape, self.options)
 
     def run(
         self, tasks: Sequence[Task], damping: float, settings: Settings, layer_options: Mapping[str, Any]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from structlin.execution.blocks import torch_block
 from structlin.structure import Structure
+from structlin_nn._text import check_known
 from structlin_nn.torch._modules import check_model
 from structlin_nn.torch.experts import StructuredExperts
 from structlin_nn.torch.linear import StructuredLinear, cast_to, values
@@ -276,10 +277,8 @@ def _agree(old: nn.Module, new: nn.Module, size: int, like: Tensor) -> bool:
 
 
 def _function(activation: str) -> Any:
-    try:
-        return ACTIVATIONS[activation]
-    except KeyError:
-        raise ValueError(f"unknown activation {activation!r}; one of {', '.join(ACTIVATIONS)}") from None
+    check_known("activation", activation, ACTIVATIONS)
+    return ACTIVATIONS[activation]
 
 
 def _one_pass(

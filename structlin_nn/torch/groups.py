@@ -22,7 +22,7 @@ from structlin_nn._rates import (
     factor_multipliers,
     settle,
 )
-from structlin_nn._text import table
+from structlin_nn._text import check_known, table
 from structlin_nn.torch._modules import check_model
 from structlin_nn.torch._muon import Matrices, muon_multiplier
 from structlin_nn.torch._roles import fans as fans_of
@@ -164,8 +164,7 @@ def parameter_groups(
         raise TypeError(
             f"optimizer must be the name of a rule, one of {', '.join((*OPTIMIZERS, 'muon'))}, got {optimizer!r}"
         )
-    if optimizer not in (*OPTIMIZERS, "muon"):
-        raise ValueError(f"unknown optimizer {optimizer!r}; one of {', '.join((*OPTIMIZERS, 'muon'))}")
+    check_known("optimizer", optimizer, (*OPTIMIZERS, "muon"))
     check_model(model, "parameter_groups")
     if base_model is not None:
         check_model(base_model, "parameter_groups, as base_model,")

@@ -15,13 +15,22 @@ from structlin.projection import Settings
 from structlin.structure import AbstractStructure
 from structlin_nn._patterns import Patterns, as_patterns
 from structlin_nn._replacement import names_of, select
-from structlin_nn.torch._modules import changed, check_model, dense_layer, linear_sizes, num_experts, put
+from structlin_nn.torch._modules import (
+    changed,
+    check_model,
+    dense_layer,
+    linear_sizes,
+    num_experts,
+    places_of,
+    put,
+    put_structured,
+)
 from structlin_nn.torch._project_calibration import Forward, gather
 from structlin_nn.torch._project_layers import Choice, LayerProjection, ProjectionReport, StructureOf, Task, dense_of
 from structlin_nn.torch._step_check import replaced
 from structlin_nn.torch.linear import StructuredLinear
 from structlin_nn.torch.pointwise import StructuredPointwise
-from structlin_nn.torch.replace import Selection, _check_is_called, _owners, _switch_off_fast_paths, as_structure
+from structlin_nn.torch.replace import Selection, _check_is_called, _owners, as_structure
 from structlin_nn.torch.unpack import pack_linear, unpacked
 
 __all__ = ["LayerProjection", "ProjectionReport", "project_linear", "to_dense_linear"]
@@ -176,9 +185,7 @@ def project_linear(
         replaced(parameter for linear in gone for parameter in linear.parameters())
         for task, (new, _) in zip(tasks, made, strict=True):
             if new is not None:
-                put(model, task.names, new)
-                for name in task.names:
-                    notes |= dict.fromkeys(_switch_off_fast_paths(model, name))
+                notes |= put_structured(model, task.names, new)
         restore()
         changed(model)
         if isinstance(structure, str) and not choice.by_layer and not options:
@@ -228,10 +235,7 @@ def to_dense_linear(model: nn.Module) -> tuple[str, ...]:
         raise ValueError(
             "the model itself is a structured layer and cannot be replaced in place; put it in a container"
         )
-    places: dict[StructuredLinear, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, StructuredLinear):
-            places.setdefault(module, []).append(name)
+    places = places_of(model, lambda module: isinstance(module, StructuredLinear))
     if not places:
         raise ValueError("the model has no structured layers")
     owners = _owners(model)
@@ -279,10 +283,7 @@ def _chosen(
     """Return the layers to project with their names, and the other selected layers with the reason."""
     if linear_sizes(model) is not None:
         raise ValueError("the model itself is a linear layer and cannot be replaced in place; put it in a container")
-    places: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if linear_sizes(module) is not None:
-            places.setdefault(module, []).append(name)
+    places = places_of(model, linear_sizes)
     owners = _owners(model)
     chosen, skipped, errors, kinds = {}, [], [], "nn.Linear, or Conv1D of transformers"
     for linear, names in select(places, layers, as_patterns(exclude), kinds).items():

@@ -30,8 +30,9 @@ from structlin_nn.torch._modules import (
     check_model,
     linear_sizes,
     num_experts,
+    places_of,
     pointwise_sizes,
-    put,
+    put_structured,
     sizes_of,
     structured_kind,
 )
@@ -167,10 +168,7 @@ def replace_linear(
     if linear_sizes(model) is not None:
         raise ValueError("the model itself is a linear layer and cannot be replaced in place; put it in a container")
     with unpacked(model, unpack) as restore:
-        places: dict[nn.Module, list[str]] = {}
-        for name, module in model.named_modules(remove_duplicate=False):
-            if linear_sizes(module) is not None or (convolutions and pointwise_sizes(module) is not None):
-                places.setdefault(module, []).append(name)
+        places = places_of(model, lambda module: linear_sizes(module) or (convolutions and pointwise_sizes(module)))
         chosen = select(places, layers, as_patterns(exclude), "nn.Linear, or Conv1D of transformers")
         zeroed = matching(chosen, as_patterns(zero_init), "zero_init")
 
@@ -239,9 +237,7 @@ def replace_linear(
         notes: dict[str, None] = {}
         replaced(p for linear in made for p in linear.parameters())
         for linear, new in made.items():
-            put(model, chosen[linear], new)
-            for name in chosen[linear]:
-                notes |= dict.fromkeys(_switch_off_fast_paths(model, name))
+            notes |= put_structured(model, chosen[linear], new)
         restore()
         changed(model)
         if fuse:
@@ -357,18 +353,3 @@ def _check_is_called(model: nn.Module, names: Sequence[str], linear: nn.Module) 
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(linear, kind) for kind in hooks):
         raise ValueError(f"layer {names[0]!r} has hooks, which would be lost; remove them first")
-
-
-def _switch_off_fast_paths(model: nn.Module, name: str) -> list[str]:
-    """Switch off the fused inference path of torch's Transformer, which reads the weight of a replaced layer."""
-    notes = []
-    while name:
-        name = name.rpartition(".")[0]
-        module = model.get_submodule(name)
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-            notes.append(f"fused inference path switched off: {name or 'the model'}")
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
-            notes.append(f"nested tensors switched off: {name or 'the model'}")
-    return notes

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from structlin_nn.torch._modules import changed, check_model, put
-from structlin_nn.torch._roles import Experts, experts
+from structlin_nn.torch._modules import changed, check_model, places_of, put
+from structlin_nn.torch._roles import experts
 from structlin_nn.torch.experts import ExpertLinear
 from structlin_nn.torch.linear import StructuredLinear
 
@@ -201,21 +201,19 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -torch.inf)
 
 
-def _packed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the name and module of each module that can be unpacked."""
-    for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) is nn.MultiheadAttention:
-            if module.bias_k is None and not module.add_zero_attn:
-                yield name, module
-        elif not isinstance(module, ExpertLayers) and _known(module, experts(module)):
-            yield name, module
-
-
-def _known(module: nn.Module, found: dict[str, Experts]) -> bool:
-    """Return whether the roles of all parameters of a module of experts are known, and its gate can be called."""
+def _is_packed(module: nn.Module) -> bool:
+    """Return whether a module can be unpacked: the roles of its parameters are known, and its gate can be called."""
+    if type(module) is nn.MultiheadAttention:
+        return module.bias_k is None and not module.add_zero_attn
+    if isinstance(module, ExpertLayers) or not (found := experts(module)):
+        return False
     own = {name for name, _ in module.named_parameters()}
     gated = "gate_up_proj" not in found or hasattr(type(module), "_apply_gate")
-    return bool(found) and gated and own <= {*found, *(f"{name}_bias" for name in found)}
+    return gated and own <= {*found, *(f"{name}_bias" for name in found)}
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    return any(isinstance(inside, StructuredLinear) for inside in module.modules())
 
 
 def unpack_linear(model: nn.Module, inside: Collection[str] | None = None) -> dict[str, nn.Module]:
@@ -239,17 +237,17 @@ def unpack_linear(model: nn.Module, inside: Collection[str] | None = None) -> di
     (['attention'], Linear(in_features=8, out_features=8, bias=True))
     """
     check_model(model, "unpack_linear")
-    places: dict[nn.Module, list[str]] = {}
-    for name, module in _packed(model):
-        if name and (inside is None or any(one.startswith(f"{name}.") for one in inside)):
-            places.setdefault(module, []).append(name)
+    places = {
+        module: [n for n in names if n and (inside is None or any(one.startswith(f"{n}.") for one in inside))]
+        for module, names in places_of(model, _is_packed).items()
+    }
     users: dict[nn.Parameter, set[nn.Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             users.setdefault(parameter, set()).add(module)
     done: dict[str, nn.Module] = {}
     for module, names in places.items():
-        if any(len(users[parameter]) > 1 for parameter in module.parameters()):
+        if not names or any(len(users[parameter]) > 1 for parameter in module.parameters()):
             continue
         made = Attention(module) if isinstance(module, nn.MultiheadAttention) else ExpertLayers(module)
         put(model, names, made)
@@ -267,7 +265,7 @@ def unpacked(model: nn.Module, wanted: bool) -> Iterator[Callable[[], None]]:
 
     def restore() -> None:
         for name, old in done.items():
-            if not any(isinstance(m, StructuredLinear) for m in model.get_submodule(name).modules()):
+            if not _is_replaced(model.get_submodule(name)):
                 put(model, [name], old)
 
     try:
@@ -291,10 +289,7 @@ def pack_linear(model: nn.Module) -> tuple[str, ...]:
     (('attention',), 'MultiheadAttention')
     """
     check_model(model, "pack_linear")
-    places: dict[_Unpacked, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, _Unpacked) and not any(isinstance(m, StructuredLinear) for m in module.modules()):
-            places.setdefault(module, []).append(name)
+    places = places_of(model, lambda module: isinstance(module, _Unpacked) and not _is_replaced(module))
     for module, names in places.items():
         put(model, names, module.packed())
     changed(model)
