@@ -1,4 +1,4 @@
-"""Import a module of this package after another library.
+"""Import of optional packages, and of a module of this package after another library.
 
 transformers has no entry points: a package must register itself for ``from_pretrained``. Importing transformers for
 that would take seconds, so the registration follows its import.
@@ -12,6 +12,14 @@ import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
+
+
+def needed(name: str, what: str, extra: str) -> Any:
+    """Return a module of an optional package; an ImportError says which extra of this package installs it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{what}: pip install 'structlin[{extra}]' ({error})") from error
 
 
 def after_import(name: str, own: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,12 +35,6 @@ class Choice:
     width: int
     depth: int | None = None
     options: tuple[tuple[str, Any], ...] = ()
-
-    def of_width(self, width: int) -> Choice:
-        return Choice(width, self.depth, self.options)
-
-    def with_options(self, **more: Any) -> Choice:
-        return Choice(self.width, self.depth, tuple({**dict(self.options), **more}.items()))
 
 
 @dataclass
@@ -99,7 +93,7 @@ class Costs:
         depth = self.depth_of(choice)
         if self._function is not None or depth is None or depth < _FEW_BLOCKS:
             return costs(choice)
-        one, two = (costs(Choice(choice.width, few, choice.options)) for few in (1, 2))
+        one, two = (costs(replace(choice, depth=few)) for few in (1, 2))
         if one is None or two is None:
             return None
         # All blocks cost the same; what is chosen in the end is counted in full.
@@ -279,21 +273,21 @@ class TooLargeError(Exception):
 
 
 def largest_rank(share: Share, at: Choice) -> Found:
-    def cost(rank: int) -> float | None:
-        return share(at.with_options(rank=rank))
+    def of_rank(rank: int) -> Choice:
+        return replace(at, options=tuple({**dict(at.options), "rank": rank}.items()))
 
-    rank = largest_within(cost, 1.0)
+    rank = largest_within(lambda rank: share(of_rank(rank)), 1.0)
     if rank is None:
         return None, None
-    return at.with_options(rank=rank), rank + 1 if cost(rank + 1) is not None else None
+    return of_rank(rank), rank + 1 if share(of_rank(rank + 1)) is not None else None
 
 
 def widest_of(share: Share, at: Choice, widths: Sequence[int]) -> Found:
     after = None
     for width in reversed(widths):
-        found = share(at.of_width(width))
+        found = share(replace(at, width=width))
         if _fits(found):
-            return at.of_width(width), after
+            return replace(at, width=width), after
         after = width if found is not None else after
     return None, None
 
@@ -304,7 +298,7 @@ def widest(
     def cost(width: int) -> float | None:
         if width > WIDEST:
             raise TooLargeError
-        return share(at.of_width(width))
+        return share(replace(at, width=width))
 
     def nth(n: int) -> int:
         return nth_width(n, multiple_of, parts)
@@ -319,11 +313,11 @@ def widest(
     widths = range(max(low, 1) * multiple_of, high * multiple_of, multiple_of)
     # Some widths of all residues, which show how the sizes of the layers depend on the width.
     list(itertools.islice((width for width in widths if cost(width) is not None), 4))
-    best = _first(reversed(widths), lambda width: may_fit(at.of_width(width)) and _fits(cost(width)))
+    best = _first(reversed(widths), lambda width: may_fit(replace(at, width=width)) and _fits(cost(width)))
     if best is None:
         return None, None
     beyond = range(best + multiple_of, (high + 64) * multiple_of, multiple_of)
-    return at.of_width(best), _first(beyond, lambda width: cost(width) is not None)
+    return replace(at, width=best), _first(beyond, lambda width: cost(width) is not None)
 
 
 def nth_width(n: int, multiple_of: int, parts: int) -> int:

@@ -55,10 +55,6 @@ class Place:
     trainable: bool
     described: str
 
-    @property
-    def is_matrix(self) -> bool:
-        return self.kind in ("factor", "weight", "embedding")
-
 
 @dataclass
 class _Found:
@@ -87,7 +83,8 @@ def settle(
     uncovered: dict[Hashable, str] = {}
     for place in places:
         by_hand = [pattern for pattern in rules if matches(pattern, place.name)]
-        factors = [p for p in extra if matches(p, place.name) or (place.is_matrix and matches(p, place.layer))]
+        is_matrix = place.kind in ("factor", "weight", "embedding")
+        factors = [p for p in extra if matches(p, place.name) or (is_matrix and matches(p, place.layer))]
         unused.difference_update(by_hand, factors)
         if not place.trainable:
             continue

@@ -55,12 +55,15 @@ def to_torch(model: nnx.Module) -> dict[str, torch.Tensor]:
     """
     import torch
 
-    def tensor(array: np.ndarray) -> torch.Tensor:
+    found = {}
+    for entry in _entries(model):
+        array = np.array(entry.torch(), order="C")
         if array.dtype == jnp.bfloat16:
-            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(array)
-
-    return {name: tensor(array) for name, array in _torch_arrays(model).items()}
+            found[entry.name] = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        else:
+            whole = np.issubdtype(array.dtype, np.integer)
+            found[entry.name] = torch.from_numpy(array.astype(np.int64) if whole else array)
+    return found
 
 
 def to_flax(state: Mapping[str, Any], model: nnx.Module) -> None:
@@ -138,16 +141,6 @@ def _check_axes(name: str, variable: nnx.Variable, axes: int) -> None:
             f"{name} has shape {tuple(variable.shape)}, and {axes} axes in torch: it was stacked by nnx.vmap; build a "
             "module for each layer instead"
         )
-
-
-def _torch_arrays(model: nnx.Module) -> dict[str, np.ndarray]:
-    found = {}
-    for entry in _entries(model):
-        array = entry.torch()
-        if np.issubdtype(array.dtype, np.integer):
-            array = array.astype(np.int64)
-        found[entry.name] = np.array(array, order="C")
-    return found
 
 
 def _array(given: Any) -> np.ndarray:

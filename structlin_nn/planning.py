@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import structlin
@@ -209,7 +209,7 @@ def plan_model(
         try:
             if by_rank:
                 assert widths is not None
-                found, after = largest_rank(share, start.of_width(widths[0]))
+                found, after = largest_rank(share, replace(start, width=widths[0]))
             elif widths is not None:
                 found, after = widest_of(share, start, sorted(set(widths)))
             else:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from structlin_nn._on_import import needed
+
 
 def load_hub(
     source: str | os.PathLike[str], *, split: str | None = None, workers: int | None = None,
@@ -29,10 +31,7 @@ def load_hub(
     shards
         WebDataset files of each split, to be read in place of `source`; ValueError for damaged ones.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(f"{source} needs Hugging Face datasets: pip install 'structlin[text]' ({error})") from error
+    datasets = needed("datasets", f"{source} needs Hugging Face datasets", "text")
     folder = Path(source).expanduser()
     try:
         if shards is not None:
@@ -122,10 +121,7 @@ def recognise(place: Path) -> str:
 
 
 def open_folders(place: Path) -> tuple[dict[str, Split], tuple[str, ...]]:
-    try:
-        from torchvision.datasets import ImageFolder
-    except ImportError as error:
-        raise ImportError(f"ImageNet needs torchvision and timm: pip install 'structlin[vision]' ({error})") from error
+    image_folder = needed("torchvision.datasets", "ImageNet needs torchvision and timm", "vision").ImageFolder
     splits: dict[str, Split] = {}
     classes: list[str] = []
     for split, names in _NAMES.items():
@@ -133,7 +129,7 @@ def open_folders(place: Path) -> tuple[dict[str, Split], tuple[str, ...]]:
         if root is None:
             raise FileNotFoundError(f"{place} lacks the folder {' or '.join(names)}")
         try:
-            found = ImageFolder(root)
+            found = image_folder(root)
         except FileNotFoundError as error:
             raise ValueError(f"{root}: {error}") from error
         classes = classes or found.classes

@@ -10,7 +10,6 @@ Source: Russakovsky et al., ImageNet Large Scale Visual Recognition Challenge, I
 from __future__ import annotations
 
 import hashlib
-import importlib
 import io
 import itertools
 import os
@@ -27,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from structlin_nn._on_import import needed
 from structlin_nn._text import check_known
 from structlin_nn.data import augment
 from structlin_nn.data._splits import Split, open_folders, open_hub, recognise
@@ -173,10 +173,7 @@ class ImageRecipe:
 
 def _timm(name: str) -> Any:
     """Return a module of timm.data, which is optional."""
-    try:
-        return importlib.import_module(f"timm.data.{name}")
-    except ImportError as error:
-        raise ImportError(f"ImageNet needs torchvision and timm: pip install 'structlin[vision]' ({error})") from error
+    return needed(f"timm.data.{name}", "ImageNet needs torchvision and timm", "vision")
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from structlin_nn._on_import import needed
 from structlin_nn._text import check_known
 from structlin_nn.data.tokens import GPT2_VOCABULARY
 
@@ -62,11 +63,7 @@ def load_tokenizer(name: str, folder: str | os.PathLike[str] | None = None) -> T
             raise ValueError(f"bytes have no vocabulary, got the folder {os.fspath(folder)}")
         return Tokenizer(name, 257, 256, lambda text: list(text.encode()), _bytes_to_text)
     end = GPT2_VOCABULARY - 1
-    try:
-        import tiktoken
-        from tokenizers import ByteLevelBPETokenizer
-    except ImportError as error:
-        raise ImportError(f"GPT-2's tokens need tiktoken: pip install 'structlin[text]' ({error})") from error
+    tiktoken, tokenizers = (needed(name, "GPT-2's tokens need tiktoken", "text") for name in ("tiktoken", "tokenizers"))
     if folder is None:
         try:
             coder = tiktoken.get_encoding("gpt2")
@@ -84,7 +81,7 @@ def load_tokenizer(name: str, folder: str | os.PathLike[str] | None = None) -> T
     if pair is None:
         raise FileNotFoundError(f"{place} holds neither encoder.json and vocab.bpe nor vocab.json and merges.txt")
     try:
-        found = ByteLevelBPETokenizer.from_file(str(place / pair[1]), str(place / pair[0]))
+        found = tokenizers.ByteLevelBPETokenizer.from_file(str(place / pair[1]), str(place / pair[0]))
     except Exception as error:
         raise ValueError(f"{place}: {' and '.join(pair)} are not GPT-2's vocabulary ({error})") from error
     size = found.get_vocab_size(), found.token_to_id("<|endoftext|>")

@@ -46,7 +46,8 @@ _FREE_TEXT = """
 """
 FREE = frozenset(_FREE_TEXT.split())
 
-# Elementwise primitives, reductions, sorting, random numbers, communication between devices, and copies.
+# Elementwise primitives, reductions, sorting, random numbers, communication between devices, and copies; conversions of
+# sparse arrays, of references, and of arrays over several processes.
 _NAMED_TEXT = """
     abs accum_grad_in_ref acos acosh add add_any addupdate after_all all_gather all_gather_done all_gather_invariant
     all_gather_reduced all_gather_reduced_start all_gather_start all_to_all all_to_all_done all_to_all_start and
@@ -67,17 +68,13 @@ _NAMED_TEXT = """
     shift_right_arithmetic shift_right_logical sign sin sinh sort sqrt square sub swap tan tanh threefry2x32
     threefry4x32 tie to_edtype top_k unpin unreachable unreduced_psum unreduced_psum_start unreduced_reduce_scatter
     unreduced_reduce_scatter_start vary_unreduced_cast_p xor zeta
-"""
-_NAMED = frozenset(_NAMED_TEXT.split())
 
-# Conversions of sparse arrays, of references, and of arrays over several processes.
-_SPARSE_TEXT = """
     bcoo_extract bcoo_fromdense bcoo_sort_indices bcoo_sum_duplicates bcoo_todense bcsr_extract bcsr_fromdense
     bcsr_todense check coo_fromdense coo_todense csr_fromdense csr_todense get_variable
     global_array_to_host_local_array host_local_array_to_global_array new_variable set_variable todense
     with_memory_space_constraint
 """
-_SPARSE = frozenset(_SPARSE_TEXT.split())
+_NAMED = frozenset(_NAMED_TEXT.split())
 
 # Primitives with inner jaxprs, which are counted.
 _COMPOSITE_TEXT = """
@@ -130,16 +127,11 @@ def register_no_product(name: str) -> None:
     _REGISTERED_FREE.add(name)
 
 
-def formula_of(name: str) -> Callable[[Any], Work] | None:
-    """Return the function that counts the work of a primitive; None if it computes no product."""
-    return _FORMULAS.get(name)
-
-
 def classify(name: str) -> str:
     """Return the class of a primitive: ``product``, ``no product``, ``unknown``, or ``composite``."""
     if name in _FORMULAS:
         return PRODUCT
-    if name in _REGISTERED_FREE or name in FREE | _NAMED | _SPARSE:
+    if name in _REGISTERED_FREE or name in FREE | _NAMED:
         return NO_PRODUCT
     return COMPOSITE if name in _COMPOSITE else UNKNOWN
 
@@ -353,61 +345,49 @@ class JaxCount:
         return "\n".join([*lines, f"not counted (no products): {free or 'none'}"])
 
 
-class _Walk:
-    def __init__(self) -> None:
-        self.products: Counter[str] = Counter()
-        self.other: Counter[str] = Counter()
-        self.unknown: Counter[str] = Counter()
-        self.flops = 0
-        self.unbounded: list[int] = []
-
-    def jaxpr(self, jaxpr: Any, times: int = 1) -> None:
-        for equation in jaxpr.eqns:
-            self.equation(equation, times)
-
-    def equation(self, equation: Any, times: int) -> None:
-        name, parameters = equation.primitive.name, equation.params
-        if (formula := formula_of(name)) is not None:
-            work = formula(equation)
-            self.products[name] += times * work.macs
-            self.flops += times * work.other_flops
-        elif name == "scan":
-            self.jaxpr(parameters["jaxpr"].jaxpr, times * parameters["length"])
-        elif name == "while":
-            inside = [_walk(parameters[key].jaxpr) for key in ("body_jaxpr", "cond_jaxpr")]
-            if any(walk.products or walk.unbounded for walk in inside):
-                self.unbounded.append(sum(sum(walk.products.values()) for walk in inside))
-                for walk in inside:
-                    self.unbounded += walk.unbounded
-            self.other[name] += times
-        elif name == "cond":
-            # Only one branch runs; the one with the most MACs is counted.
-            walks = [_walk(branch.jaxpr) for branch in parameters["branches"]]
-            self.add(max(walks, key=lambda walk: sum(walk.products.values())), times)
-        elif name == "custom_linear_solve":
-            self.jaxpr(parameters["jaxprs"].solve.jaxpr, times)  # the others are its derivatives and checks
-        elif inner := list(_inner(parameters)):
-            if "custom_jvp" in name or "custom_vjp" in name:
-                inner = inner[:1]  # the function; the others are its derivatives
-            for jaxpr in inner:
-                self.jaxpr(jaxpr, times)
-        elif classify(name) == UNKNOWN:
-            self.unknown[name] += times
-        elif name not in FREE:
-            self.other[name] += times
-
-    def add(self, walk: _Walk, times: int) -> None:
-        for own, more in ((self.products, walk.products), (self.other, walk.other), (self.unknown, walk.unknown)):
-            for name, number in more.items():
-                own[name] += times * number
-        self.flops += times * walk.flops
-        self.unbounded += walk.unbounded
+def _walk(jaxpr: Any) -> JaxCount:
+    """Count a jaxpr, with those inside of its equations."""
+    found = JaxCount(Counter(), uncounted_ops=Counter(), unknown_ops=Counter())
+    for equation in jaxpr.eqns:
+        _add_equation(found, equation)
+    return found
 
 
-def _walk(jaxpr: Any) -> _Walk:
-    walk = _Walk()
-    walk.jaxpr(jaxpr)
-    return walk
+def _add(total: JaxCount, more: JaxCount, times: int = 1) -> None:
+    for name in ("products", "uncounted_ops", "unknown_ops"):
+        own = getattr(total, name)
+        for key, number in getattr(more, name).items():
+            own[key] += times * number
+    total.other_flops += times * more.other_flops
+    total.unbounded += more.unbounded
+
+
+def _add_equation(total: JaxCount, equation: Any) -> None:
+    name, parameters = equation.primitive.name, equation.params
+    if (formula := _FORMULAS.get(name)) is not None:
+        work = formula(equation)
+        total.products[name] += work.macs
+        total.other_flops += work.other_flops
+    elif name == "scan":
+        _add(total, _walk(parameters["jaxpr"].jaxpr), parameters["length"])
+    elif name == "while":
+        inside = [_walk(parameters[key].jaxpr) for key in ("body_jaxpr", "cond_jaxpr")]
+        if any(one.products or one.unbounded for one in inside):
+            total.unbounded += (sum(one.macs for one in inside), *inside[0].unbounded, *inside[1].unbounded)
+        total.uncounted_ops[name] += 1
+    elif name == "cond":
+        # Only one branch runs; the one with the most MACs is counted.
+        _add(total, max((_walk(branch.jaxpr) for branch in parameters["branches"]), key=lambda one: one.macs))
+    elif name == "custom_linear_solve":
+        _add(total, _walk(parameters["jaxprs"].solve.jaxpr))  # the others are its derivatives and checks
+    elif inner := list(_inner(parameters)):
+        # Of custom derivatives the function alone.
+        for jaxpr in inner[:1] if "custom_jvp" in name or "custom_vjp" in name else inner:
+            _add(total, _walk(jaxpr))
+    elif classify(name) == UNKNOWN:
+        total.unknown_ops[name] += 1
+    elif name not in FREE:
+        total.uncounted_ops[name] += 1
 
 
 def _inner(parameters: dict[str, Any]) -> Any:
@@ -461,11 +441,11 @@ def count(
         kinds = [[jax.numpy.result_type(leaf) for leaf in jax.tree.leaves(x)] for x in inputs]
         wanted = tuple(n for n, own in enumerate(kinds) if all(jax.numpy.issubdtype(k, jax.numpy.inexact) for k in own))
     with as_chains():
-        walk = _walk(jax.make_jaxpr(call)(*arguments, **keywords).jaxpr)
-    products = {name: macs for name, macs in walk.products.items() if macs or name != "fft"}
-    counted = JaxCount(
-        products, params, None, dict(sorted(walk.other.items())), tuple(walk.unbounded), dict(walk.unknown), walk.flops
-    )
+        counted = _walk(jax.make_jaxpr(call)(*arguments, **keywords).jaxpr)
+    counted.params = params
+    counted.products = {name: macs for name, macs in counted.products.items() if macs or name != "fft"}
+    counted.uncounted_ops = dict(sorted(counted.uncounted_ops.items()))
+    counted.unknown_ops = dict(counted.unknown_ops)
     if training:
 
         def loss(*arguments: Any, **keywords: Any) -> Any:
@@ -474,8 +454,8 @@ def count(
         with as_chains():
             both = jax.make_jaxpr(jax.value_and_grad(loss, argnums=wanted))(*arguments, **keywords)
         again = _walk(both.jaxpr)
-        counted.training_macs, counted.training_other_flops = sum(again.products.values()), again.flops
-        counted.unknown_ops = {**again.unknown, **counted.unknown_ops}
+        counted.training_macs, counted.training_other_flops = again.macs, again.other_flops
+        counted.unknown_ops = {**again.unknown_ops, **counted.unknown_ops}
     if strict and counted.unknown_ops:
         names = ", ".join(f"{name} x{number}" for name, number in counted.unknown_ops.items())
         raise UnknownPrimitiveError(

@@ -213,7 +213,6 @@ def build_model(
     >>> sum(array.size for array in jax.tree.leaves(nnx.state(model, nnx.Param)))
     49162
     """
-    _check_name(name)
     config = models.build_model(name, width=width, structure=structure, device="meta", **sizes).config
     return MODELS[name](config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
@@ -228,11 +227,5 @@ def base_model(name: str, base_width: int | None = None, **sizes: Any) -> MLP | 
     >>> base_model("cifar-mlp").input.in_features
     3072
     """
-    _check_name(name)
     config = models.base_model(name, base_width, **sizes).config
     return nnx.eval_shape(lambda: MODELS[name](config, rngs=nnx.Rngs(0)))
-
-
-def _check_name(name: str) -> None:
-    if name not in MODELS:
-        raise ValueError(f"flax has the models {', '.join(MODELS)}, got {name!r}")

@@ -109,8 +109,7 @@ class Processes:
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         for block in getattr(model, "blocks", ()):
             fully_shard(block, mesh=self.mesh, mp_policy=policy)
-        sharded: Any = fully_shard(model, mesh=self.mesh, mp_policy=policy)
-        return sharded
+        return fully_shard(model, mesh=self.mesh, mp_policy=policy)
 
     @contextmanager
     def sync(self, wrapped: nn.Module, last: bool) -> Iterator[None]:

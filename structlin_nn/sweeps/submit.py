@@ -19,6 +19,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from structlin_nn._on_import import needed
 from structlin_nn.recipes import recipe
 from structlin_nn.sweeps.local import Job
 
@@ -124,10 +125,7 @@ def submit(
         raise ValueError(f"cluster must be one of {', '.join(CLUSTERS)}, got {cluster!r}")
     if not jobs:
         raise ValueError("there are no runs to submit; give one or more jobs")
-    try:
-        import submitit
-    except ImportError as error:
-        raise ImportError(f"submitting runs needs submitit: pip install 'structlin[cluster]' ({error})") from error
+    submitit = needed("submitit", "submitting runs needs submitit", "cluster")
     settings: dict[str, Any] = {"name": re.sub(r"[^\w.+-]+", "_", name)}  # quotes do not hold a line break in #SBATCH
     if cluster == "slurm":
         settings["slurm_array_parallelism"] = workers

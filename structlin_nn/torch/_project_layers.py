@@ -17,7 +17,7 @@ from structlin.structure import AbstractStructure
 from structlin_nn._layer import structure_of
 from structlin_nn._replacement import plain
 from structlin_nn._text import sizes_text, table
-from structlin_nn.torch._modules import is_conv1d, linear_sizes, num_experts, structured_kind
+from structlin_nn.torch._modules import is_conv1d, num_experts, sizes_of, structured_kind
 from structlin_nn.torch._project_curve import Forms, allocate, saves
 from structlin_nn.torch.linear import StructuredLinear
 
@@ -175,9 +175,8 @@ class Task:
     @property
     def shape(self) -> tuple[int, int]:
         """Shape (d_out, d_in) of the weight."""
-        sizes = linear_sizes(self.linear)
-        assert sizes is not None
-        return sizes[1], sizes[0]
+        d_in, d_out = sizes_of(self.linear)
+        return d_out, d_in
 
     @property
     def dense_macs(self) -> int:
@@ -197,15 +196,11 @@ class Task:
 
     def problems(self, damping: float) -> list[Problem]:
         """Return the projection problems, weighted by the damped second moments if they are known; they are cached."""
-        if self._problems is None and self.moments is None:
-            self._problems = [Problem(matrix) for matrix in self.matrices()]
-        elif self._problems is None and self.moments is not None:
-            size = self.moments.shape[-1]
-            parts = zip(self.matrices(), self.moments.reshape(-1, size, size), strict=True)
-            self._problems = [
-                Problem(matrix, own + damping * np.trace(own).real / size * np.eye(size)) for matrix, own in parts
-            ]
-        assert self._problems is not None
+        if self._problems is None:
+            matrices, size = self.matrices(), self.shape[1]
+            moments = [None] * len(matrices) if self.moments is None else self.moments.reshape(-1, size, size)
+            damped = (c if c is None else c + damping * np.trace(c).real / size * np.eye(size) for c in moments)
+            self._problems = [Problem(matrix, c) for matrix, c in zip(matrices, damped, strict=True)]
         return self._problems
 
     def release(self) -> None:
@@ -335,20 +330,20 @@ class Choice:
         if not self.by_layer:
             structure = self.fixed[place]
             if not saves(structure):
-                return None, _dense(task, f"with {structure.macs:,} MACs it would save nothing")
+                return None, _line(task, None, {}, f"with {structure.macs:,} MACs it would save nothing")
             solutions = [solve(structure, problem, settings) for problem in task.problems(damping)]
         else:
             forms = self.forms[place]
             if not len(forms):
-                return None, _dense(task, "no form of the structure is cheaper")
+                return None, _line(task, None, {}, "no form of the structure is cheaper")
             if number is None:
                 assert self.target_error is not None
                 found = forms.smallest_for(self.target_error, task.problems(damping), settings)
                 if found is None:
-                    return None, _dense(task, f"no cheaper form has an error of {self.target_error:g}")
+                    return None, _line(task, None, {}, f"no cheaper form has an error of {self.target_error:g}")
                 number, solutions = found
             elif number == len(forms):
-                return None, _dense(task, "the allocation of the budget keeps it dense")
+                return None, _line(task, None, {}, "the allocation of the budget keeps it dense")
             else:
                 solutions = [solve(forms.design(number), problem, settings) for problem in task.problems(damping)]
             structure, choice = forms.design(number), forms.choice(number)
@@ -364,11 +359,11 @@ def layer_of(
     linear: nn.Module, structure: AbstractStructure, solutions: Sequence[Solution], options: Mapping[str, Any]
 ) -> StructuredLinear:
     """Return a layer with the factors of a solution for each matrix, and all other properties of ``linear``."""
-    sizes = linear_sizes(linear)
-    assert sizes is not None
     weight, bias = linear.get_parameter("weight"), linear._parameters.get("bias")
     # On the meta device, so that the global generator does not advance.
-    new = structured_kind(linear)(*sizes, bias=bias is not None, device="meta", dtype=weight.dtype, **options)
+    new = structured_kind(linear)(
+        *sizes_of(linear), bias=bias is not None, device="meta", dtype=weight.dtype, **options
+    )
     new = new.to_empty(device=weight.device)
     assert new.structure == structure
     with torch.no_grad():
@@ -418,7 +413,13 @@ def dense_of(layer: StructuredLinear) -> np.ndarray:
     return np.stack([build(layer.structure, part, dtype).to_dense() for part in parts])
 
 
-def _line(task: Task, new: StructuredLinear, choice: dict[str, Any]) -> LayerProjection:
+def _line(task: Task, new: StructuredLinear | None, choice: dict[str, Any], reason: str = "") -> LayerProjection:
+    """Return the line of the report on a layer, which without a new one stays dense."""
+    before = sum(p.numel() for p in task.linear.parameters())
+    if new is None:
+        output = None if task.moments is None else 0.0
+        costs = before, before, task.dense_macs, task.dense_macs
+        return LayerProjection(task.names, task.shape, None, choice, 0.0, output, *costs, reason, task.experts)
     matrices = task.matrices()
     differences = matrices - dense_of(new)
 
@@ -434,15 +435,5 @@ def _line(task: Task, new: StructuredLinear, choice: dict[str, Any]) -> LayerPro
         output = ratio(*(float(np.vdot(x, x @ c).real) for x in (differences, matrices)))
     return LayerProjection(
         task.names, task.shape, new.structure, choice, ratio(square(differences), square(matrices)), output,
-        sum(p.numel() for p in task.linear.parameters()), sum(p.numel() for p in new.parameters()),
-        task.dense_macs, new.structure.macs, experts=task.experts,
+        before, sum(p.numel() for p in new.parameters()), task.dense_macs, new.structure.macs, experts=task.experts,
     )  # fmt: skip
-
-
-def _dense(task: Task, reason: str) -> LayerProjection:
-    params = sum(p.numel() for p in task.linear.parameters())
-    output = None if task.moments is None else 0.0
-    macs = task.dense_macs
-    return LayerProjection(
-        task.names, task.shape, None, {}, 0.0, output, params, params, macs, macs, reason, task.experts
-    )

@@ -21,7 +21,6 @@ import structlin
 from structlin.execution.torch_ways import TorchChain, torch_chain
 from structlin.structure import AbstractStructure, Structure
 from structlin_nn._text import check_integer
-from structlin_nn.torch._script import Scriptable
 from structlin_nn.torch.linear import StructuredLinear
 
 __all__ = ["ExpertLinear", "StructuredExperts", "by_expert"]
@@ -169,7 +168,7 @@ class StructuredExperts(StructuredLinear):
     def _capped(self, factor: Tensor, sigma: float, gain: Tensor | float) -> Tensor:
         return torch.vmap(structlin.rms_cap, (0, None, 0 if isinstance(gain, Tensor) else None))(factor, sigma, gain)
 
-    def __prepare_scriptable__(self) -> Scriptable:
+    def __prepare_scriptable__(self) -> StructuredLinear:
         """Raise TypeError: the sizes of the groups are not known."""
         raise TypeError("torch.jit.script cannot compile StructuredExperts")
 

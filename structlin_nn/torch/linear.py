@@ -20,7 +20,6 @@ from structlin.execution.torch_ways import torch_chain
 from structlin.structure import AbstractStructure, Structure
 from structlin_nn._layer import PlannedLayer, plan_layer
 from structlin_nn.torch._operator import chain, to_text
-from structlin_nn.torch._script import Scriptable
 from structlin_nn.torch._step_check import watch
 
 __all__ = ["FactorList", "StructuredLinear", "fill", "values"]
@@ -92,7 +91,7 @@ def values(factors: Any) -> tuple[Tensor, ...]:
     return factors() if isinstance(factors, FactorList) else tuple(factors)
 
 
-class StructuredLinear(PlannedLayer, Scriptable):
+class StructuredLinear(PlannedLayer, nn.Module):
     r"""Linear layer ``y = A x + b`` with a structured matrix A: (..., in_features) -> (..., out_features).
 
     It replaces ``nn.Linear`` and has the same positional parameters. The factors of A are parameters (``factors``, in
@@ -170,6 +169,7 @@ class StructuredLinear(PlannedLayer, Scriptable):
     True
     """
 
+    __jit_unused_properties__ = ("operator",)
     _lead: tuple[int, ...] = ()  # axes of the parameters before those of the factors
 
     def __init__(
@@ -365,6 +365,56 @@ class StructuredLinear(PlannedLayer, Scriptable):
         else:
             return plan.structure._rows(factors, x, _TORCH, bias)
         return y if bias is None else y + bias
+
+    def __prepare_scriptable__(self) -> StructuredLinear:
+        """Add what ``torch.jit.script`` reads, einsums that it can compile; TypeError for a layer that has none.
+
+        ``torch.jit`` is deprecated, so only chains of einsums with their own parameters are supported.
+        """
+        structure, found, stride = self.structure, self.factors, getattr(self, "stride", ())
+        hooks = [key for key, value in vars(found).items() if key.endswith("_hooks") and value]
+        if not isinstance(structure, Structure):
+            reason = f"the structure is not a chain of einsums: {structure!r}"
+        elif self.rms_cap or any(step > 1 for step in stride):
+            reason = "it caps its factors" if self.rms_cap else f"it has stride {stride}"
+        elif self.checkpoint:
+            reason = "it has checkpoint=True"
+        elif hooks or list(found._parameters) != [str(k) for k in range(len(structure.steps))]:
+            reason = "the factors are changed by hooks, pruning or parametrizations"
+        elif any(type(factor.data) is not Tensor for factor in found):
+            reason = "the factors are quantised or distributed"
+        else:
+            sizes = dict(structure.sizes)
+            self._equations = [f"...{s.input},{s.factor}->...{s.output}" for s in structure.steps]
+            self._sizes = [[sizes[a] for a in s.input] for s in structure.steps]
+            self._padding, self._axis = structure.padding[0], -1 - len(stride)
+            return self
+        raise TypeError(
+            f"torch.jit.script cannot compile the layer {self.in_features} -> {self.out_features} ({reason}); "
+            "use torch.export.export, which supports all layers"
+        )
+
+    def _scripted(self, x: Tensor) -> Tensor:
+        """Apply the layer, in the subset of Python that ``torch.jit`` compiles."""
+        if x.dim() < -self._axis or x.shape[self._axis] != self.in_features:
+            raise ValueError(
+                f"axis {self._axis} of the input must have size in_features = {self.in_features}, got shape {x.shape}"
+            )
+        y = self._products(x.movedim(self._axis, -1))
+        if self.bias is not None:
+            y = y.add_(self.bias)  # in the dtype to which autocast casts the operands of einsum
+        return y.movedim(-1, self._axis)
+
+    def _scripted_weight(self) -> Tensor:
+        like = self.factors[0]
+        return self._products(torch.eye(self.in_features, dtype=like.dtype, device=like.device)).mT
+
+    def _products(self, x: Tensor) -> Tensor:
+        lead = x.shape[:-1]
+        y = F.pad(x, [0, self._padding])
+        for k, factor in enumerate(self.factors):
+            y = torch.einsum(self._equations[k], y.reshape(list(lead) + self._sizes[k]), factor)
+        return y.flatten(len(lead))[..., : self.out_features]
 
     def extra_repr(self) -> str:
         """Describe the layer for ``print``."""

@@ -273,8 +273,7 @@ def _dense_layer(name: str, layer: StructuredLinear) -> nn.Module:
     new.weight.requires_grad_(any(f.requires_grad for f in layer.factors))
     if layer.bias is not None:
         new.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
-    made: nn.Module = new.train(layer.training)
-    return made
+    return new.train(layer.training)
 
 
 def _chosen(

@@ -45,8 +45,7 @@ class _Unpacked(nn.Module):
             owner, _, key = name.rpartition(".")
             old = shell.get_parameter(name)
             setattr(shell.get_submodule(owner), key, _copied(value, old.requires_grad))
-        made: nn.Module = shell.train(self.training)
-        return made
+        return shell.train(self.training)
 
 
 def _copied(value: Tensor, trained: bool) -> nn.Parameter:
@@ -57,8 +56,7 @@ def _filled(layer: Any, weight: Tensor, bias: Tensor | None, like: Tensor) -> nn
     layer.weight = _copied(weight, like.requires_grad)
     if bias is not None:
         layer.bias = _copied(bias, like.requires_grad)
-    made: nn.Module = layer
-    return made
+    return layer
 
 
 def _linear(weight: Tensor, bias: Tensor | None, like: Tensor) -> nn.Module:
@@ -120,8 +118,7 @@ class ExpertLayers(_Unpacked):
         if chosen.is_meta:
             return [len(chosen) // self.num_experts + (e < len(chosen) % self.num_experts)
                     for e in range(self.num_experts)]  # fmt: skip
-        sizes: list[int] = chosen.bincount(minlength=self.num_experts)[: self.num_experts].tolist()
-        return sizes
+        return chosen.bincount(minlength=self.num_experts)[: self.num_experts].tolist()
 
 
 class Attention(_Unpacked):

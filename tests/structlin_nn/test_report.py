@@ -208,7 +208,7 @@ class TestCommand:
         [
             ("--out page.pdf", "a report is written as .html, got 'page.pdf'"),
             ("--y val_loss", "has no 'val_loss' at its last evaluation; choose another result with --y"),
-            ("--where structure", "--where must be COLUMN=VALUE, got 'structure'"),
+            ("--where structure", "argument --where: must be COLUMN=VALUE, got 'structure'"),
             ("--confidence 2", "--confidence must be between 0 and 1, got 2"),
             ("--reference btt", "there is no group 'btt' to compare with"),
             ("--group structur", "did you mean structure?"),

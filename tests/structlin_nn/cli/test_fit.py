@@ -146,7 +146,7 @@ def test_few_points() -> None:
         ("{} --x macs --y structure", "'structure' must be a finite number in every row, got 'dense'"),
         ("{} --x macs --y error --group structur", "a row has no 'structur', did you mean structure?"),
         ("{} --x macs --y error --reference btt", "there is no group 'btt' to compare with"),
-        ("{} --x macs --y error --where structure", "--where must be COLUMN=VALUE, got 'structure'"),
+        ("{} --x macs --y error --where structure", "argument --where: must be COLUMN=VALUE, got 'structure'"),
         ("{} --x macs --y error --confidence 95", "--confidence must be between 0 and 1, got 95"),
         ("{} --x macs --y error --loss huber", "unknown loss 'huber'"),
         ("{} --x macs --y error --floor high", "argument --floor: invalid float value: 'high'"),

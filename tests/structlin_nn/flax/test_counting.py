@@ -160,8 +160,8 @@ class TestLists:
         assert set(unknown) <= counting.KNOWN_UNKNOWN
 
     def test_lists_are_apart(self) -> None:
-        lists = (counting.FREE, counting._NAMED, counting._SPARSE, counting._COMPOSITE,
-                 counting.KNOWN_UNKNOWN, frozenset(counting._FORMULAS))  # fmt: skip
+        lists = (counting.FREE, counting._NAMED, counting._COMPOSITE, counting.KNOWN_UNKNOWN,
+                 frozenset(counting._FORMULAS))  # fmt: skip
         assert len(frozenset.union(*lists)) == sum(map(len, lists))
 
     def test_unknown_first(self) -> None:
