@@ -234,16 +234,10 @@ def _places(layer: str, module: nn.Module, base: nn.Module, optimizer: str, stru
         if name in fans:
             yield place(name, parameter, "weight", dense_multiplier(fans[name], base_fans[name], optimizer))
         else:
-            kind = kind_of(module, name, parameter)
-            if kind is None and _keeps_its_size(base, name, parameter):
+            kind, other = kind_of(module, name, parameter), base._parameters.get(name)
+            if kind is None and other is not None and other.shape == parameter.shape:
                 kind = "weight"
             yield place(name, parameter, kind, 1.0 if kind else None)
-
-
-def _keeps_its_size(base: nn.Module, name: str, parameter: nn.Parameter) -> bool:
-    """Return whether a parameter has the same shape at base width."""
-    other = base._parameters.get(name)
-    return other is not None and other.shape == parameter.shape
 
 
 def _muon_value(

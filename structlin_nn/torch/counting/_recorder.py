@@ -232,16 +232,14 @@ class Recorder(TorchDispatchMode):
             if self.stack:
                 self._named(module, f"{self.stack[-1].name}.({type(module).__name__})".lstrip("."))
             else:
-                self.adopt(module, self._new_prefix(type(module).__name__))
+                kind = type(module).__name__
+                names = itertools.chain([kind], (f"{kind}#{number}" for number in itertools.count(2)))
+                self.adopt(module, next(prefix for prefix in names if prefix not in self.roots))
         name, opaque = self.names[module], isinstance(module, StructuredLinear)
         self.types.setdefault(name, type(module).__name__)
         self.stack.append(_Entry(module, name, torch._C._current_autograd_node() is not None, opaque))
         self.opaque += opaque
         self._mark()
-
-    def _new_prefix(self, name: str) -> str:
-        others = (f"{name}#{number}" for number in itertools.count(2))
-        return next(prefix for prefix in itertools.chain([name], others) if prefix not in self.roots)
 
     def _leave(self, module: nn.Module, args: tuple, *rest: Any) -> None:
         # After an exception torch does not pass the keywords.
