@@ -109,7 +109,8 @@ class Processes:
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         for block in getattr(model, "blocks", ()):
             fully_shard(block, mesh=self.mesh, mp_policy=policy)
-        return fully_shard(model, mesh=self.mesh, mp_policy=policy)
+        sharded: Any = fully_shard(model, mesh=self.mesh, mp_policy=policy)
+        return sharded
 
     @contextmanager
     def sync(self, wrapped: nn.Module, last: bool) -> Iterator[None]:
