@@ -58,11 +58,16 @@ class Series:
     line: str
     filled: bool = True
 
+    @property
+    def face(self) -> str:
+        """Colour of the inside of markers."""
+        return self.colour if self.filled else "white"
+
     def points(self, size: float = 6, line: str = "") -> dict[str, Any]:
         """Return the options of ``Axes.plot`` for markers of the series, by default without a line."""
-        face = self.colour if self.filled else "white"
         return {
-            "color": self.colour, "marker": self.marker, "markerfacecolor": face, "linestyle": line, "markersize": size,
+            "color": self.colour, "marker": self.marker, "markerfacecolor": self.face, "linestyle": line,
+            "markersize": size,
         }  # fmt: skip
 
 
