@@ -55,6 +55,10 @@ def _numpy() -> SimpleNamespace:
         product = a @ b
         return np.subtract(y, product, out=product)
 
+    def minus_scaled(y: Array, a: Array, b: Array) -> Array:
+        product = a * b
+        return np.subtract(y, product, out=product)
+
     def cholesky_solve(a: Array, b: Array) -> Array:
         """Solve matrix by matrix, except for many small ones: NumPy has no batched triangular solve."""
         a, b = promoted(a, b)
@@ -96,6 +100,7 @@ def _numpy() -> SimpleNamespace:
         solve=solve,
         substitute=substitute,
         minus_product=minus_product,
+        minus_scaled=minus_scaled,
         inverse_from_cholesky=lambda lower: np.linalg.inv(lower @ np.conj(lower).swapaxes(-1, -2)),
         cholesky_solve=cholesky_solve,
         positive_slogdet=positive_slogdet,
@@ -128,7 +133,6 @@ def _of_module(module: Any, **own: Any) -> SimpleNamespace:
     common: dict[str, Any] = {name: getattr(linalg, name) for name in names}
     common |= {name: getattr(module, name) for name in direct}
     return SimpleNamespace(
-        minus_scaled=lambda y, a, b: y - a * b,
         plus_scaled=lambda y, a, b: y + a * b,
         svd=lambda a: linalg.svd(a, full_matrices=False),
         singular_values=lambda a: linalg.svd(a, compute_uv=False),
@@ -238,6 +242,7 @@ def _jax() -> SimpleNamespace:
     return _of_module(
         jnp,
         substitute=substitute,
+        minus_scaled=lambda y, a, b: y - a * b,
         minus_product=lambda y, a, b: y - a @ b,
         cholesky_solve=lambda a, b: substitute(cholesky(a), b),
         positive_slogdet=positive_slogdet,

@@ -135,7 +135,7 @@ class StructuredOperator(LinearOperator):
 
     def isa(self, annotation: type) -> bool:
         """Return whether the operator has the annotation, or one that implies it."""
-        return any(issubclass(own, annotation) for own in self._annotations)
+        return _implies(self._annotations, annotation)
 
     @property
     def backend(self) -> str:
@@ -371,6 +371,11 @@ def _fill(
 @lru_cache(maxsize=1024)
 def _transpose(structure: AbstractStructure) -> AbstractStructure:
     return structure.transpose()
+
+
+@lru_cache(maxsize=256)
+def _implies(annotations: frozenset[type], wanted: type) -> bool:
+    return any(issubclass(own, wanted) for own in annotations)
 
 
 @lru_cache(maxsize=256)

@@ -111,6 +111,13 @@ def _library_of_owner(matmat: Any) -> set[str]:
     return {library_of(owner.xnp)} if isinstance(owner, LinearOperator) else set()
 
 
+def _libraries_of_members(value: LinearOperator) -> set[str]:
+    """Return the libraries of the operators of which ``value``, which holds no array, is made."""
+    held = [v if isinstance(v, tuple | list) else (v,) for v in vars(value).values()]
+    members = [M for ops in held for M in ops if isinstance(M, LinearOperator)]
+    return {library_of(M.xnp) for M in members}
+
+
 def _find_device(value: Any) -> Any:
     if isinstance(value, LinearOperator):
         return value.device
@@ -134,7 +141,7 @@ def _operator_init(
 ) -> None:
     fields = vars(self)  # CoLA declares that these are no leaves, so that nothing is to be recorded
     fields.update(dtype=dtype, shape=shape)
-    names = _libraries(self) or _library_of_owner(matmat)
+    names = _libraries(self) or _library_of_owner(matmat) or _libraries_of_members(self)
     library = next((n for n in ("torch", "jax", "numpy") if n in names), None)
     fields["xnp"] = functions_of(library or _guessed_library(dtype))
     if matmat is not None:
@@ -195,11 +202,10 @@ def as_scalar(A: LinearOperator, c: Any) -> tuple[Any, Any]:
 
 
 def scalar_mul(A: LinearOperator, c: Any, dtype: Any, n: int) -> ScalarMul:
-    S = ScalarMul.__new__(ScalarMul)  # its constructor would guess the library, and warn where jax has no float64
-    xnp = functions_of("jax") if is_array(c) and backend_of(c) == "jax" else A.xnp
-    S.c = xnp.array(c, dtype=dtype, device=A.device)
-    vars(S).update(xnp=xnp, dtype=dtype, shape=(n, n), device=A.device)
-    S.annotations = set()
+    S = object.__new__(ScalarMul)  # its constructor would guess the library, and warn where jax has no float64
+    xnp, device = functions_of("jax") if is_array(c) and backend_of(c) == "jax" else A.xnp, A.device
+    S.c = xnp.array(c, dtype=dtype, device=device)
+    vars(S).update(xnp=xnp, dtype=dtype, shape=(n, n), device=device, annotations=set())
     return S
 
 

@@ -141,10 +141,8 @@ def _annotated(annotation: Any, A: LinearOperator) -> LinearOperator:
     copy = object.__new__(type(A))
     fields = vars(copy)
     fields.update(vars(A))
-    if "annotations" in fields:
-        fields["annotations"] = A.annotations | {annotation}
-    else:  # one of ours
-        copy.annotations = A.annotations | {annotation}
+    name = "annotations" if "annotations" in fields else "_annotations"  # of one of ours
+    fields[name] = fields[name] | {annotation}
     return copy
 
 

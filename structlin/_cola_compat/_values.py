@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from functools import reduce
+from numbers import Number
 from types import SimpleNamespace
 from typing import Any
 
@@ -181,6 +182,8 @@ def _array(arr: Any, dtype: Any = None, device: Any = None) -> Any:
     torch: Any = sys.modules["torch"]
     if isinstance(arr, torch.Tensor):  # torch.tensor would copy the value and forget where it came from
         return arr.to(dtype=dtype, device=device, copy=True)
+    if isinstance(arr, Number):
+        return torch.as_tensor(arr, dtype=dtype, device=device)  # in half the time; there is no memory to share
     return torch.tensor(arr, dtype=dtype, device=device)
 
 

@@ -228,10 +228,12 @@ def _power_iteration(A: LinearOperator, tolerance: float, max_iterations: int, s
     xp = lapack(v)
     fixed = frozen(A)
     adjoint = fixed.H
+    scale = xp.max(xp.abs(fixed @ v))  # without it, squares of singular values may overflow or underflow
+    scale = xp.where(scale == 0, scale * 0 + 1, scale)
 
     def step(state: Any) -> tuple[Array, Array]:
         v = state[0]
-        w = adjoint @ (fixed @ v)
+        w = adjoint @ ((fixed @ v) / scale) / scale
         square, size = xp.real((xp.conj(v) * w).sum()), xp.norm(w)
         zero = size == 0
         residual = xp.where(zero, size * 0, xp.norm(w - square * v) / xp.where(zero, size * 0 + 1, square))
@@ -241,7 +243,7 @@ def _power_iteration(A: LinearOperator, tolerance: float, max_iterations: int, s
     v, residual, _ = iterate(
         step, lambda state: ~(state[1] <= tolerance), (v, first), max_iterations, backend_of(v) == "jax"
     )
-    u = fixed @ v
+    u = fixed @ v / scale
     size = xp.norm(u)
     u = u / xp.where(size == 0, size * 0 + 1, size)
     value = xp.real((xp.conj(u) * (A @ v)).sum())

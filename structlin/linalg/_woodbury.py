@@ -58,6 +58,7 @@ _WIDEST = 0.5  # largest total rank relative to n; above it the dense matrix cos
 _THREE = "i,ri->r; r,sr->s; s,os->o"
 SLACK = 100  # times machine epsilon: the largest backward error of a solution
 _REFINEMENTS = 3
+_ROWS = 2048  # of a block in a cache
 
 
 def split(A: Sum) -> tuple[StructuredOperator | Array, Array, Array] | None:
@@ -130,7 +131,7 @@ class Woodbury:
         """Return (B + U V)^-1 b for a vector or columns by the Woodbury identity, without refinement."""
         wide = b if b.ndim == 2 else b[:, None]
         xp, operator = lapack(self.U), isinstance(self.base, LinearOperator)
-        small = self.V @ _times(self.base, wide) if operator or not self.symmetric else xp.conj(self.left).T @ wide
+        small = self._shortened(wide)
         c = xp.substitute(self.lower, small) if self.symmetric else xp.solve(self.capacitance, small)
         x = xp.minus_product(wide, self.U, c)
         if operator:
@@ -138,6 +139,25 @@ class Woodbury:
         else:
             x *= self.base[:, None]  # in place: new memory costs as much as the arithmetic
         return x.reshape(b.shape)
+
+    def _shortened(self, b: Array) -> Array:
+        """Return V B^-1 b."""
+        if not self.symmetric:
+            return self.V @ _times(self.base, b)
+        if not isinstance(self.U, np.ndarray) or len(b) <= _ROWS:
+            return lapack(self.U).conj(self.left).T @ b
+        if "capacitance" in vars(self):
+            return self.V @ _times(self.base, b)
+        # The capacitance from the same blocks of rows: new memory for all of B^-1 U costs more than the arithmetic.
+        whole = np.eye(self.U.shape[1], dtype=self.U.dtype)
+        short = np.zeros((len(whole), b.shape[1]), np.result_type(whole, b))
+        for i in range(0, len(b), _ROWS):
+            rows = slice(i, i + _ROWS)
+            left = self.base[rows, None] * self.U[rows]
+            whole += self.V[:, rows] @ left
+            short += left.conj().T @ b[rows]
+        vars(self)["capacitance"] = whole
+        return short
 
     def residual(self, x: Array, b: Array) -> Array:
         """Return b - A x."""

@@ -234,3 +234,20 @@ def test_bad_indices_are_refused():
     assert isinstance(A[:0], Sliced)
     assert A[:0].shape == (0, 10)
     assert isinstance(A @ A.T, Product)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_composites_of_identities_keep_the_library(backend):
+    identity = I_like(structlin.Dense(MAKE[backend](draw(2, 2))))
+    composites = {
+        "transpose": identity.T,
+        "adjoint": identity.H,
+        "kron": cola.kron(identity, identity),
+        "kronsum": cola.kronsum(identity, identity),
+        "block_diag": cola.block_diag(identity, identity),
+        "rows": identity[:1],
+    }
+    for name, A in composites.items():
+        dense = A.to_dense()
+        assert isinstance(dense, TYPES[backend]), name
+        assert on_host(dense).dtype == np.float64, name

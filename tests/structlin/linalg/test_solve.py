@@ -386,3 +386,34 @@ def test_a_dtype_that_lapack_lacks_is_named():
     for op in (A, cola.PSD(A)):
         with pytest.raises(TypeError, match=r"float128|longdouble|float96"):
             linalg.solve(op, b)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
+def test_a_solution_with_real_operators_is_real(backend):
+    make, rng = structlin._arrays.to_backend, np.random.default_rng(0)
+    a, c = rng.standard_normal((2, 2)) + 2 * np.eye(2), rng.standard_normal((3, 3)) + 2 * np.eye(3)
+    K = cola.kronsum(structlin.Dense(make(a, backend)), structlin.Dense(make(c, backend)))
+    dense, b = np.kron(a, np.eye(3)) + np.kron(np.eye(2), c), rng.standard_normal((6, 2))
+    assert np.abs(np.linalg.eigvals(dense).imag).max() > 0.1
+    for A, matrix in ((K.T, dense.T), (cola.block_diag(K, K), np.kron(np.eye(2), dense))):
+        right = np.tile(b, (len(matrix) // 6, 1))
+        x = to_numpy(linalg.solve(A, make(right, backend)))
+        assert x.dtype == np.float64
+        np.testing.assert_allclose(x, np.linalg.solve(matrix, right), rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+def test_the_woodbury_identity_in_blocks_of_rows(dtype, monkeypatch):
+    monkeypatch.setattr(_woodbury, "_ROWS", 16)
+    rng = np.random.default_rng(0)
+    U = rng.standard_normal((50, 3)) + (1j * rng.standard_normal((50, 3)) if "complex" in dtype else 0)
+    A = structlin.LowRank(U.conj().T, U) + structlin.Diagonal((0.5 + rng.random(50)).astype(dtype))
+    formula = _woodbury.woodbury(A)
+    assert formula.symmetric
+    for b in (rng.standard_normal((50, 4)), rng.standard_normal(50), U[:, :2]):
+        wanted = np.linalg.solve(A.to_dense(), b)
+        np.testing.assert_allclose(formula.formula(b), wanted, rtol=1e-10)
+        np.testing.assert_allclose(linalg.solve(A, b), wanted, rtol=1e-10)
+    assert "left" not in vars(formula)
+    capacitance = np.eye(3) + U.conj().T @ (U / formula.B[:, None])
+    np.testing.assert_allclose(formula.capacitance, capacitance, rtol=1e-12)
