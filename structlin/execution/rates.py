@@ -89,24 +89,6 @@ def rates(dtype: str, threads: int, library: str = "torch") -> Rates:
     return Rates(**tables)
 
 
-@lru_cache(maxsize=1)
-def storing() -> float:
-    """Return the seconds in which one thread writes one byte of new memory in huge pages and reads it later."""
-    key = "seconds of storing a byte"
-    found = wisdom.read(key)
-    if not isinstance(found, float):
-        buffer = np.empty(NUMBERS, np.uint8)
-
-        def write_and_read() -> None:
-            large = np.empty(LARGE, np.uint8)  # NumPy asks for huge pages
-            large.fill(1)
-            for start in range(0, LARGE, NUMBERS):
-                np.copyto(buffer, large[start : start + NUMBERS])
-
-        found = wisdom.write(key, least_seconds(write_and_read, 3, clock(1)) / LARGE, keep=True)
-    return float(found)
-
-
 def clock(threads: int, library: str = "torch", device: str = "cpu") -> Callable[[], float]:
     """Return the clock for timings: that of the calling thread if it does all the work.
 

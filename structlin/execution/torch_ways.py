@@ -26,7 +26,7 @@ from structlin.execution.compiled._rules import near_slice
 from structlin.execution.compiled._target import CompileError
 from structlin.execution.compiled.passes import FusedChain
 from structlin.execution.products import products
-from structlin.execution.rates import rates, storing
+from structlin.execution.rates import rates
 from structlin.execution.token_major import token_major
 from structlin.execution.torch_cpu import Passes, chain_of
 from structlin.execution.torch_cuda import StridedWay, fused_way, strided_l2_way, strided_way
@@ -354,7 +354,7 @@ def _timed(problem: Problem, ways: Sequence[TorchWay]) -> dict[str, float]:
     return known if len(known) >= len(among) else measure(problem, among, keep=True)
 
 
-for _clear in (_calibrated.cache_clear, rates.cache_clear, storing.cache_clear):
+for _clear in (_calibrated.cache_clear, rates.cache_clear):
     choice.measured_with(_clear)
 products_way, token_major_way = Products(), TokenMajor()
 compiled_way, tiles_way = PassesWay("compiled", "compiled", "compiled"), TilesWay()

@@ -13,8 +13,8 @@ from structlin.execution.compiled._target import Target, host, tiled_host
 from structlin.execution.machine import caches
 
 # Activations are stored for the backward pass if computing one again takes more than KEPT_WORK vector multiplications,
-# and only for at least KEPT_SHARE of the tokens. If they do not fit into cache, computing a byte again must take longer
-# than writing and reading it, which is FRESH_WORK where nothing was measured.
+# and only for at least KEPT_SHARE of the tokens. If they do not fit into cache, computing a byte again must take more
+# than FRESH_WORK.
 KEPT_WORK, FRESH_WORK, KEPT_SHARE = 3, 3, 0.125
 # Relative to the memory of a dense matrix and its gradient: how much larger passes may be if they store the activations
 # of all tokens, and how much larger they must be without activations to store them anyway.
@@ -128,9 +128,7 @@ class ChainRules:
         row, item = sum(program.schedule.rows[1:-1]), BYTES[program.outside]
         size = row * item
         work = self.macs_before_last / (program.lanes * (2 if program.pairs else 1))
-        if work < KEPT_WORK * row:
-            return 0
-        if tokens * size > limits().kept and work < self.fresh_work(dtype, threads, program.lanes) * size:
+        if work < KEPT_WORK * row or (tokens * size > limits().kept and work < FRESH_WORK * size):
             return 0
         dense = 2 * self.d_in * self.d_out * item
         if tokens * size <= self.room(back.program, threads, True) + MORE * dense:
@@ -140,10 +138,6 @@ class ChainRules:
             return tokens if row <= 1.1 * min(self.d_in, self.d_out) else 0
         found = max(0, room) // size // SHARE * SHARE
         return found if found >= KEPT_SHARE * tokens else 0
-
-    def fresh_work(self, dtype: str, threads: int, lanes: int) -> float:
-        """Return the vector multiplications that take as long as storing a byte that stays in no cache."""
-        return FRESH_WORK
 
     def room(self, program: Program, threads: int, kept: bool) -> int:
         """Return the bytes of the dense matrix and its gradient, less those of the passes with this backward pass.

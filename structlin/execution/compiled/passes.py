@@ -20,7 +20,6 @@ from structlin.execution.compiled._slices import Slices, whole
 from structlin.execution.compiled._target import Target
 from structlin.execution.compiled._team import run_shares
 from structlin.execution.compiled._writer import Pass
-from structlin.execution.rates import rates, storing
 
 NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Of some of the tokens: the pass, the factors that it goes back through, and what else it reads of a slice.
@@ -50,10 +49,6 @@ class FusedChain(ChainRules):
         if dtype not in self._found:
             self._found[dtype] = self.program(NAMES[dtype]) if dtype in NAMES else None
         return self._found[dtype]
-
-    def fresh_work(self, dtype: str, threads: int, lanes: int) -> float:
-        """Return the vector multiplications that take as long as storing a byte, at the highest rate of products."""
-        return storing() / (rates(dtype, threads).fastest * threads * lanes)
 
     def forward(
         self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None, kept: list[Tensor] | None = None

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import structlin as sl
 from structlin import execution
-from structlin.execution import choice, rates, tuning, wisdom
+from structlin.execution import choice, tuning, wisdom
 from structlin.execution.choice import Problem, Way
 
 STRUCTURE = sl.design("block_tensor_train", (48, 40), rank=2)
@@ -358,15 +358,6 @@ class TestWisdom:
         assert wisdom.write("rates", [2.0], keep=True) == [1.0]
         assert wisdom.write("rates", [3.0]) == [3.0]
         assert not list(wisdom.folder().glob("*.tmp"))
-
-    def test_the_rate_of_memory_is_measured_once(self) -> None:
-        rates.storing.cache_clear()
-        found = rates.storing()
-        assert 1e-12 < found < 1e-7  # seconds of a byte
-        assert len(list(wisdom.folder().glob("*.json"))) == 1
-        for clear in (rates.storing.cache_clear, wisdom._MEMORY.clear):
-            clear()
-            assert rates.storing() == found
 
     def test_a_folder_that_cannot_be_written(self, tmp_path, monkeypatch) -> None:
         (tmp_path / "file").write_text("")
