@@ -31,7 +31,7 @@ __all__ = ["CPUChain", "Passes", "chain_of"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _TORCH = ops("torch")
-NEAR_BLOCK = 32  # tokens of a block beside a slice that fills half of the cache
+NEAR_BLOCK = 32  # tokens of a block beside a slice that fills half of the cache or more
 
 
 class Passes(Protocol):
@@ -87,8 +87,8 @@ class CPUChain:
         """Return the passes of a kind; None where they cannot run this chain in this dtype.
 
         ``batched``; ``chunked``; ``compiled``, or ``compiled-tiles`` by tiles where the processor has them; after these
-        two a number of tokens in a block, as in ``compiled-48``, or ``-near``: in slices that stay in the second level
-        of cache; ``stored``, which is compiled for one or a few tokens and has no backward pass.
+        two a number of tokens in a block, as in ``compiled-48``, or ``-near``: in slices with factors of at most twice
+        the second level of cache; ``stored``, which is compiled for one or a few tokens and has no backward pass.
         """
         if dtype not in _DTYPES:
             return None

@@ -250,7 +250,7 @@ class BlocksWay(PassesWay):
 
 
 class NearWay(PassesWay):
-    """Compiled passes in slices whose factors stay in the second level of cache, for a slow third level."""
+    """Compiled passes in slices with factors of at most twice the second level of cache, for a slow third level."""
 
     least_tokens = 256  # for fewer, copies of the factors count
 

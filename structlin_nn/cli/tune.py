@@ -12,7 +12,7 @@ from structlin_nn.cli.check_scale import build_settings
 from structlin_nn.cli.common import add
 
 HELP = "measure which way of running each layer of a model is the fastest on this machine"
-DTYPES = ("float32", "bfloat16", "float64")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 EXAMPLES = """\
 examples:
   structlin tune gpt2 --width 512 --structure block_tensor_train --rank 4 --batch-size 8

@@ -18,6 +18,6 @@ whole pass over a chain is one function, generated for its sizes and compiled by
 - :mod:`.passes`: the two passes, in torch,
 - :mod:`.xla`, :mod:`._xla_runtime`: custom calls of XLA, for jax.
 
-Without llvmlite, or on a processor that is neither x86-64 with AVX2 nor 64-bit Arm, :mod:`structlin.execution.chunked`
-runs the chain by the BLAS.
+Without llvmlite, or on a processor that is neither x86-64 with AVX2 and F16C nor 64-bit Arm,
+:mod:`structlin.execution.chunked` runs the chain by the BLAS. In float16 single products run then.
 """

@@ -41,7 +41,7 @@ class ChainRules:
         self.plain = not any(step.batch or step.carried for step in steps)
         self.block: int | None = None  # tokens of a block; None: as many as the caches suggest. May be set at any time.
         self.tiles = False  # only programs that use tiles; set before anything is asked for
-        self.near = False  # slices whose factors, or sums, stay in the second level of cache; likewise
+        self.near = False  # slices whose factors, or sums, have about the size of the second level of cache; likewise
         self._programs: dict[tuple[str, int | None, bool], Program | None] = {}
         self._fronts: dict[tuple[str, bool, int | None], Slices] = {}
         self._backs: dict[tuple[str, int, int | None], Slices] = {}

@@ -81,8 +81,8 @@ def _binding() -> Any:
 def host() -> Target | None:
     """Return the target of this machine; None if nothing is compiled and the products of torch or of XLA run.
 
-    That is so without llvmlite or with an old one, on x86-64 processors without AVX2, and on all that are neither
-    x86-64 nor 64-bit Arm.
+    That is so without llvmlite or with an old one, on x86-64 processors without AVX2 or F16C, and on all that are
+    neither x86-64 nor 64-bit Arm.
     """
     targets, llvm = TARGETS.get(platform.machine().lower()), _binding()
     if targets is None or llvm is None:

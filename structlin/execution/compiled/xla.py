@@ -113,7 +113,7 @@ class XLAChain(ChainRules):
 
     def ready(self, dtype: str) -> Program | None:
         """Return the object that runs the chain; None if this way cannot run it."""
-        if host() is None:
+        if host() is None or dtype not in TYPES:
             return None
         reason = unsupported()
         if reason is not None:
@@ -151,7 +151,7 @@ class XLAChain(ChainRules):
 
     def given(self, dtype: str) -> Program:
         """Return the program of a dtype; raise CompileError if this processor has none."""
-        program = self.program(dtype)
+        program = self.program(dtype) if dtype in TYPES else None
         if program is None:
             raise CompileError(f"this processor has no passes for the chain in {dtype}")
         return program
