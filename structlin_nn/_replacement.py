@@ -58,7 +58,7 @@ class ReplacementReport:
         """Return plain values, for JSON."""
         rows = [{**plain(row), "shape": list(row.structure.shape)} for row in self.layers]
         dense = [dict(zip(("name", "shape", "role"), plain(entry), strict=True)) for entry in self.dense]
-        return plain(self) | {"layers": rows, "dense": dense}
+        return {"layers": rows, "skipped": plain(self.skipped), "dense": dense, "notes": list(self.notes)}
 
     def __str__(self) -> str:
         head = ("layer", "shape", "params", "structured", "MACs", "structured")

@@ -170,34 +170,6 @@ def _through_schur(matrices: Array, function: Callable[[np.ndarray], np.ndarray]
     return to_backend(made.reshape(wide.shape), backend_of(matrices), str(result))
 
 
-def _splitting_zeros(function: Callable[[np.ndarray], np.ndarray], order: float) -> Callable[[np.ndarray], np.ndarray]:
-    """Return SciPy's function of a matrix, with NaN if it is not defined at an eigenvalue 0.
-
-    At 0, SciPy returns finite numbers without meaning. So the invariant subspace of the eigenvalue is split off (Golub
-    and Van Loan 2013, Matrix Computations, section 9.1.4). There f(N) = 0 if N^m = 0 for an m < ``order`` + 1, where f
-    is of the order ``x^order`` at 0.
-    """
-
-    def apply(matrix: np.ndarray) -> np.ndarray:
-        upper, _ = scipy.linalg.schur(matrix, output="complex")
-        size = np.linalg.norm(upper)
-        bound = 10 * len(matrix) * eps(matrix.dtype) * size
-        if not (abs(np.diagonal(upper)) <= bound).any():
-            return function(matrix)
-        power = math.ceil(order)
-        upper, basis, k = scipy.linalg.schur(matrix, output="complex", sort=lambda x: abs(x) <= bound)
-        zero, rest = upper[:k, :k], upper[k:, k:]
-        if power < 1 or np.linalg.norm(np.linalg.matrix_power(zero, power)) > bound * size ** (power - 1):
-            return np.full(matrix.shape, np.nan)
-        found = np.zeros_like(upper)
-        if k < len(matrix):
-            found[k:, k:] = function(rest)
-            found[:k, k:] = scipy.linalg.solve_sylvester(zero, -rest, -upper[:k, k:] @ found[k:, k:])
-        return basis @ found @ basis.conj().T
-
-    return apply
-
-
 def evaluate(A: LinearOperator, f: Function) -> LinearOperator:
     """Return f(A)."""
     require_square(A, f.name)
@@ -273,7 +245,7 @@ def _phi(core: Array) -> Array:
 
 
 def _log_of(A: LinearOperator) -> Function:
-    return Function("the logarithm", lapack_of(A).log, at_zero=-math.inf, host=_splitting_zeros(scipy.linalg.logm, 0))
+    return Function("the logarithm", lapack_of(A).log, at_zero=-math.inf, host=scipy.linalg.logm)
 
 
 def _power(alpha: Any) -> Function:
@@ -286,7 +258,7 @@ def _power(alpha: Any) -> Function:
 
     # 0 ** alpha is 0 if alpha has a positive real part, and not finite otherwise.
     return Function(
-        f"the power {alpha}", lambda x: x**alpha, keeps_positive=True, host=_splitting_zeros(host, alpha.real),
+        f"the power {alpha}", lambda x: x**alpha, keeps_positive=True, host=host,
         at_zero=0.0 if alpha.real > 0 else math.inf,
     )  # fmt: skip
 

@@ -228,7 +228,8 @@ def _power_iteration(A: LinearOperator, tolerance: float, max_iterations: int, s
     xp = lapack(v)
     fixed = frozen(A)
     adjoint = fixed.H
-    scale = xp.max(xp.abs(fixed @ v))  # without it, squares of singular values may overflow or underflow
+    first = xp.abs(fixed @ v)
+    scale = xp.max(first) if len(first) else first.sum()  # squares of singular values may overflow or underflow
     scale = xp.where(scale == 0, scale * 0 + 1, scale)
 
     def step(state: Any) -> tuple[Array, Array]:
@@ -239,9 +240,9 @@ def _power_iteration(A: LinearOperator, tolerance: float, max_iterations: int, s
         residual = xp.where(zero, size * 0, xp.norm(w - square * v) / xp.where(zero, size * 0 + 1, square))
         return xp.where(residual <= tolerance, v, w / xp.where(zero, size * 0 + 1, size)), residual
 
-    first = xp.norm(v) * 0 + math.inf
+    worst = xp.norm(v) * 0 + math.inf
     v, residual, _ = iterate(
-        step, lambda state: ~(state[1] <= tolerance), (v, first), max_iterations, backend_of(v) == "jax"
+        step, lambda state: ~(state[1] <= tolerance), (v, worst), max_iterations, backend_of(v) == "jax"
     )
     u = fixed @ v / scale
     size = xp.norm(u)

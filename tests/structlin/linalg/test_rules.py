@@ -364,31 +364,6 @@ def test_functions_that_have_no_value():
     np.testing.assert_allclose(cola.linalg.pow(defective, -2).to_dense(), [[1, -2], [0, 1]])
 
 
-@pytest.mark.parametrize("dtype", ["float64", "complex128"])
-def test_functions_of_a_defective_matrix_at_an_eigenvalue_of_zero(dtype):
-    rng = np.random.default_rng(0)
-    basis = np.linalg.qr(rng.standard_normal((3, 3)) + (1j * rng.standard_normal((3, 3)) if "c" in dtype else 0))[0]
-
-    def turned(upper):
-        return structlin.Dense(basis @ np.array(upper, dtype) @ basis.conj().T)
-
-    def check(A, exponent, upper):
-        found = linalg.matrix_power(turned(A), exponent).to_dense()
-        np.testing.assert_allclose(found, turned(upper).to_dense(), atol=1e-6)
-
-    A = [[0, 2, 0], [0, 1, 1], [0, 0, 1]]
-    for exponent in (0.3, 0.5, 1.5):  # the derivative at the double eigenvalue 1
-        check(A, exponent, [[0, 2, 2 * exponent - 2], [0, 1, exponent], [0, 0, 1]])
-    for function in (linalg.logm, lambda A: linalg.matrix_power(A, 1j), lambda A: linalg.matrix_power(A, -0.5)):
-        with pytest.raises(ArithmeticError, match="not finite"):
-            function(turned(A))
-    nilpotent = structlin.Dense(np.array([[0, 0.001, 0], [0, 0, 0], [0, 0, 1]], dtype))
-    for exponent in (0.3, 0.5):
-        with pytest.raises(ArithmeticError, match="not finite"):
-            linalg.matrix_power(nilpotent, exponent)
-    np.testing.assert_allclose(linalg.matrix_power(nilpotent, 1.5).to_dense(), np.diag([0, 0, 1]))
-
-
 def test_powers_are_taken_on_the_principal_branch():
     minus = structlin.Dense(-np.eye(2))
     root = cola.linalg.sqrt(cola.ops.Kronecker(minus, minus))
@@ -530,6 +505,12 @@ def test_the_spectral_norm_where_squares_leave_the_range(name, scale):
     with np.errstate(all="raise"):
         found = linalg.spectral_norm(scale * A)
     np.testing.assert_allclose(found / scale, np.linalg.norm(A.to_dense(), 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
+def test_the_spectral_norm_of_nothing_is_zero(backend):
+    A = random("toeplitz", (9, 7), backend=backend)
+    assert float(linalg.spectral_norm(A[:0])) == float(linalg.spectral_norm(A[:, :0])) == 0
 
 
 def test_an_exponential_that_overflows_gives_no_warning():
