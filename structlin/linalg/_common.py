@@ -201,7 +201,7 @@ def on_host(A: StructuredOperator, *arrays: Array) -> tuple[StructuredOperator, 
     if not type(A.structure).__module__.startswith("structlin."):  # others may be for tensors only
         return None
     views = small_views(*A.factors, *arrays)
-    if views is None or len(dtypes := {x.dtype for x in views}) > 1 or dtypes.pop().char not in "fdFD":
+    if views is None or views[0].dtype.char not in "fdFD" or any(x.dtype != views[0].dtype for x in views):
         return None
     count = len(A.factors)
     return A._with(A.structure, tuple(views[:count]), A._annotations), views[count:]

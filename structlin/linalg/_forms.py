@@ -127,7 +127,7 @@ def members(A: LinearOperator) -> Members | None:
         if inner is None:
             return None
         value = as_array(shift, inner.matrices[0])
-        return Members(inner.matrices, inner.add, inner.shift + value if hasattr(inner.shift, "dtype") else value)
+        return Members(inner.matrices, inner.add, inner.shift + value)
     if isinstance(A, ColaKronecker | KronSum):
         if len(A.Ms) < 2 or not all(M.shape[0] == M.shape[1] and fits_dense(M) for M in A.Ms):
             return None

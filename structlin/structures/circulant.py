@@ -81,9 +81,7 @@ class CirculantStructure(SquareStructure):
         """Divide the transform of b by the eigenvalues."""
         column = A.factors[0]
         require_precision(b, "solving")
-        if isinstance(column, np.ndarray) or (b.ndim == 2 and b.shape[1] > 1):
-            return Answer(_divided(column, b))
-        views = _views(column, b)
+        views = _views(column, b) if b.ndim == 1 or b.shape[1] == 1 else None
         return Answer(_divided(column, b) if views is None else as_tensors(_divided(*views))[0])
 
     def slogdet(self, A: Any) -> Answer[Determinant]:
@@ -190,10 +188,9 @@ def _determinant(column: Array) -> Determinant:
 
 
 def _divided(column: Array, b: Array) -> Array:
-    xp, n = lapack(column), column.shape[0]
-    forth, back = (xp.fft, xp.ifft) if xp.is_complex(column) else (xp.rfft, xp.irfft)
-    scale = inverse_values(forth(column, n, 0), eps(column.dtype))
-    return back((scale if b.ndim == 1 else scale[:, None]) * forth(b, n, 0), n, 0)
+    forth, back = _transforms(column)
+    scale = inverse_values(forth(column), eps(column.dtype))
+    return back((scale if b.ndim == 1 else scale[:, None]) * forth(b))
 
 
 def _transforms(column: Array) -> tuple[Any, Any]:

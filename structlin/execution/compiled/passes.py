@@ -88,7 +88,8 @@ class FusedChain(ChainRules):
         """Compute the gradients that ``needs`` selects."""
         program, tokens, last = self._ready(x.dtype), x.shape[0 if self.rows else 1], len(factors)
         threads = self._threads(tokens)
-        if self._upright is not None and (program.pairs or (threads > 1 and self.sums_are_large(program))):
+        by_blas = x.dtype is not torch.float16  # whose products are slow there
+        if by_blas and self._upright is not None and (program.pairs or (threads > 1 and self.sums_are_large(program))):
             return self._plain_backward(gy, x, factors, needs, kept)
         x, gy, factors = x.contiguous(), gy.contiguous(), [factor.contiguous() for factor in factors]
         slices = self.back(NAMES[x.dtype], threads)
