@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 
 from structlin._arrays import Array, backend_of
-from structlin._lapack import eps, follows, known, lapack, nan_unless
+from structlin._lapack import eps, follows, is_known, known, lapack, nan_unless
 
 Numbers = Callable[[Array], Array]
+ROUNDOFF = 32  # times machine epsilon: the error of an entry that moves an eigenvalue as far as LAPACK may
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,74 @@ def decompose(matrices: Array, hermitian: bool) -> Decomposition | None:
     elif not worst <= bound:
         return None
     return Decomposition(matrices, values, vectors, inverse, followed)
+
+
+def uncertainty(found: Decomposition) -> Array:
+    """Return how far roundoff in the entries of the matrices moves each eigenvalue, to first order.
+
+    It is small for a small eigenvalue of a graded matrix, and large for nearly defective ones.
+    """
+    xp = lapack(found.vectors)
+    moved = xp.abs(found.inverse) * (xp.abs(xp.stop_gradient(found.matrices)) @ xp.abs(found.vectors)).swapaxes(-1, -2)
+    return ROUNDOFF * eps(found.matrices.dtype) * moved.sum(-1)
+
+
+def with_values(found: Decomposition, values: Array) -> Decomposition | None:
+    """Return the decomposition with eigenvalues that differ by their uncertainty.
+
+    None, or NaN for traced values, if this changes the matrices by more than roundoff: then an eigenvalue that now
+    repeats is defective.
+    """
+    xp = lapack(values)
+    moved = found.values - values
+    if known(xp.abs(moved).sum()) == 0:
+        return found
+    change = (found.vectors * moved[..., None, :]) @ found.inverse
+    part = (found.vectors * xp.where(moved == 0, moved, moved * 0 + 1)[..., None, :]) @ found.inverse
+    bound = ROUNDOFF * eps(found.matrices.dtype) * _largest(found.matrices) * (xp.abs(part) ** 2).sum((-2, -1))
+    good = _largest(change) <= bound
+    if is_known(values):
+        return replace(found, values=values) if bool(good.all()) else None
+    return replace(found, values=values + nan_unless(good, values)[..., None])
+
+
+def _largest(matrices: Array) -> Array:
+    xp = lapack(matrices)
+    return xp.amax(xp.amax(xp.abs(xp.stop_gradient(matrices))))
+
+
+def is_determined(found: Decomposition, f: Numbers, result: Array, repeated: Array) -> Array:
+    """Return whether roundoff in the entries of each matrix changes ``result``, f of it, by little, to first order.
+
+    The change is computed in one random direction (Kenney and Laub 1994, Small-sample statistical condition estimates
+    for general matrix functions). ``repeated`` marks eigenvalues at which f has no derivative.
+    """
+    xp = lapack(found.vectors)
+    fixed, result = xp.stop_gradient(found.matrices), xp.stop_gradient(result)
+    error = (found.vectors * found.values[..., None, :]) @ found.inverse - fixed + rounding(fixed)
+    slopes = divided_differences(f, found.values)
+    slopes = xp.where(repeated[..., :, None] & repeated[..., None, :], 0 * slopes, slopes)
+    change = found.vectors @ (slopes * (found.inverse @ error @ found.vectors)) @ found.inverse
+    return is_small(change, result, fixed.dtype)
+
+
+def is_small(change: Array, result: Array, dtype: Any) -> Array:
+    """Return whether a change of a result leaves about a quarter of the digits of ``dtype`` unchanged."""
+    return _largest(change) <= eps(dtype) ** 0.25 * _largest(result)
+
+
+def rounding(matrices: Array, dtype: Any = None) -> Array:
+    """Return a change of each entry by one roundoff of ``dtype`` (default: their own), with random signs."""
+    return (
+        eps(matrices.dtype if dtype is None else dtype)
+        * matrices
+        * lapack(matrices).index(_signs(matrices.shape[-1]), matrices)
+    )
+
+
+@lru_cache(maxsize=8)
+def _signs(n: int) -> np.ndarray:
+    return np.random.default_rng(0).choice(np.array([-1, 1], np.int8), (n, n))
 
 
 def of_matrices(found: Decomposition, f: Numbers) -> Array:

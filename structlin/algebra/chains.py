@@ -33,6 +33,7 @@ from structlin._lapack import (
     zero_determinant,
 )
 from structlin.algebra import contract, roles
+from structlin.algebra.kronecker import is_hermitian, of_kronecker, outer
 from structlin.algebra.tensor_train import norm_of_cores, tensor_train_cores
 from structlin.execution.products import Product as Step
 from structlin.execution.products import plan_of
@@ -41,7 +42,6 @@ from structlin.structure import Structure
 from structlin.structures._vectors import descending
 from structlin.structures.block_diagonal import BlockDiagonal
 from structlin.structures.dense import Dense
-from structlin.structures.diagonal import Diagonal
 from structlin.structures.kronecker import Kronecker
 from structlin.structures.low_rank import LowRank
 from structlin.verdicts import SVD, Answer, Determinant, Eigen, Verdict
@@ -83,15 +83,6 @@ def kronecker_members(A: Any, square: bool = False) -> list[Array] | None:
     if matrices is None or len(matrices) < 2 or (square and any(m.shape[0] != m.shape[1] for m in matrices)):
         return None
     return matrices
-
-
-def outer(values: Sequence[Array], add: bool = False) -> Array:
-    """Return all products or sums of one entry of each vector, in the order of a Kronecker product."""
-    found = values[0]
-    for more in values[1:]:
-        left, right = found[:, None], more[None, :]
-        found = (left + right if add else left * right).reshape((-1,))
-    return found
 
 
 # -- inverse and solution ----------------------------------------------------------------------------------------------
@@ -428,17 +419,6 @@ def _checked_inverse(kind: Any, matrices: Sequence[Array], vectors: Any) -> Any:
     return kind(*map(lapack(matrices[0]).inv, vectors.factors))
 
 
-def is_hermitian(matrix: Array) -> bool:
-    """Whether a matrix is Hermitian to roundoff; True while values are traced, where the caller has to check."""
-    (fixed,) = seen(matrix)
-    xp = lapack(fixed)
-    adjoint = xp.conj(fixed).swapaxes(-1, -2)
-    if known(xp.equal(fixed, adjoint)):
-        return True
-    distance, size = known(xp.max(abs(fixed - adjoint))), known(xp.max(abs(fixed)))
-    return distance is None or size is None or distance <= 100 * eps(matrix.dtype) * size
-
-
 def is_positive_diagonal(matrix: Array) -> bool:
     """Whether all numbers on the diagonal of a matrix of known values are positive."""
     (fixed,) = seen(matrix)
@@ -480,47 +460,6 @@ def function(A: Any, f: Any) -> Answer[Any] | None:
         found = of_kronecker(matrices, A, f)
         return None if found is None else Answer(found)
     return None if thin(A) is None else _of_low_rank(A, f)
-
-
-def of_kronecker(
-    matrices: Sequence[Array], A: Any, f: Any, *, add: bool = False, shift: Any = 0.0
-) -> StructuredOperator | None:
-    """Return f(K + shift I), for K the Kronecker product of the matrices, or with ``add`` their Kronecker sum.
-
-    V f(L) V^-1, where V and L are made of the members' eigenvectors and eigenvalues. None where one is defective. A
-    tells what is known of the whole: its annotations.
-    """
-    hermitian = A.isa(SelfAdjoint) and all(map(is_hermitian, matrices))
-    found = [spectra.decompose(m, hermitian) for m in matrices]
-    parts = [p for p in found if p is not None]
-    if len(parts) < len(found):
-        return None
-    xp = lapack(parts[0].values)
-
-    def numbers(values: Array) -> Array:
-        return f.on_spectrum(xp.real(values) + shift if A.isa(SelfAdjoint) else values + shift, A)
-
-    middle: Any = Diagonal(numbers(outer([p.values for p in parts], add)))
-    for k, part in enumerate(parts):
-        if part.followed:
-            middle = middle + _member_derivative(parts, k, numbers, add)
-    left, right = Kronecker(*(p.vectors for p in parts)), Kronecker(*(p.inverse for p in parts))
-    return left @ middle @ right
-
-
-def _member_derivative(parts: Sequence[Any], k: int, f: Any, add: bool) -> StructuredOperator:
-    """Zero, with the derivative of f(L) with respect to member k: one matrix for each position of the others."""
-    xp, part = lapack(parts[k].values), parts[k]
-    neutral = part.values[:1] * 0 + (0 if add else 1)
-    first, last = (outer([neutral, *(p.values for p in side)], add) for side in (parts[:k], parts[k + 1 :]))
-    others = first[:, None] + last[None, :] if add else first[:, None] * last[None, :]  # (p, q)
-    whole = others[:, :, None] + part.values if add else others[:, :, None] * part.values  # (p, q, m)
-    weights = spectra.divided_differences(f, whole)
-    weights = weights if add else weights * others[:, :, None, None]
-    weights = xp.permute(weights, (0, 2, 3, 1))  # (p, m, m, q)
-    p, m, _, q = weights.shape
-    structure = Structure.parse("pjq,pijq->piq", p=p, j=m, i=m, q=q)
-    return StructuredOperator(structure, (spectra.first_order(part, weights),))
 
 
 def _of_low_rank(A: Any, f: Any) -> Answer[Any] | None:

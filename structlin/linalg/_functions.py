@@ -8,12 +8,16 @@ Schur decomposition of SciPy (Al-Mohy and Higham 2012, Improved inverse scaling 
 logarithm; Higham and Lin 2013, An improved Schur-Pade algorithm). exp and integer powers need no eigenvectors. Any
 other function of a defective matrix raises ArithmeticError, or gives NaN inside jit.
 
+For log and powers, an eigenvalue that is zero to roundoff counts as zero. Every result is verified: roundoff in the
+entries of the matrix must not change it, to about a quarter of the digits.
+
 Derivatives are correct if eigenvalues repeat (:mod:`structlin._spectra`).
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -59,7 +63,7 @@ class Function:
     positive ones (``positive``), or positive numbers to positive ones (``keeps_positive``). ``matrix`` is f of a stack
     of square matrices without eigenvectors, and ``host`` is f of one NumPy matrix that may be defective; either may be
     None. ``at_zero`` is f(0), or None if not known. ``thin`` maps M to ``M^-1 (f(M) - f(0))`` without eigenvectors,
-    which gives ``f(U V) = f(0) I + U thin(V U) V``.
+    which gives ``f(U V) = f(0) I + U thin(V U) V``. ``kink`` is the number at which f is not smooth, or None.
     """
 
     name: str
@@ -71,6 +75,7 @@ class Function:
     host: Callable[[np.ndarray], np.ndarray] | None = None
     at_zero: float | None = None
     thin: Callable[[Array], Array] | None = None
+    kink: Any = None
 
     def shifted(self, c: Any) -> Function:
         """Return the function ``x -> f(x + c)``."""
@@ -78,7 +83,8 @@ class Function:
         def values(x: Array) -> Array:
             return self.values(x + c)
 
-        return replace(self, values=values, matrix=None, host=None, at_zero=None, thin=None)
+        kink = None if self.kink is None else self.kink - c
+        return replace(self, values=values, matrix=None, host=None, at_zero=None, thin=None, kink=kink)
 
     def finite(self, values: Array) -> Array:
         """Return f(values); ArithmeticError if it is not finite, such as the logarithm of zero."""
@@ -86,8 +92,21 @@ class Function:
             found = self.values(values)
             distance = known(abs(found - found).sum())
         if distance is not None and distance != 0 and known(abs(values - values).sum()) == 0:
-            raise ArithmeticError(f"{self.name} is not finite at an eigenvalue of this matrix")
+            least = known(abs(values).min())
+            raise NoValueError(
+                f"{self.name} is not finite at an eigenvalue of this matrix"
+                + (": it is singular to working precision" if least == 0 else "")
+            )
         return found
+
+    def settled(self, values: Array, radius: Array) -> Array:
+        """Return eigenvalues that are known up to ``radius``; those that may be at the kink are moved to it."""
+        if self.kink is None:
+            return values
+        xp = lapack(values)
+        distance = values - self.kink
+        at = xp.abs(distance) <= radius + spectra.ROUNDOFF * eps(values.dtype) * abs(self.kink)
+        return xp.where(at, values - distance, values)
 
     def on_spectrum(self, values: Array, A: LinearOperator) -> Array:
         """Return f of eigenvalues of A; these are cast to complex if f may need it, and to real if A is Hermitian."""
@@ -115,23 +134,43 @@ class Function:
         if A.isa(SelfAdjoint):
             found = spectra.decompose((matrices + xp.conj(matrices).swapaxes(-1, -2)) / 2, True)
             assert found is not None
-            return spectra.of_matrices(found, lambda x: self.on_spectrum(x, A))
+            values = self.settled(found.values, spectra.uncertainty(found))
+            return spectra.of_matrices(replace(found, values=values), lambda x: self.on_spectrum(x, A))
         if self.matrix is not None:
             return self.matrix(matrices)
-        found = spectra.decompose(matrices, False)
+        found = self._by_eigenvectors(matrices)
         if found is not None:
-            return spectra.of_matrices(found, self.finite)
+            return found
         if self.host is None:
-            raise ArithmeticError(
+            raise NoValueError(
                 f"{self.name} needs eigenvectors, and those of this matrix do not reproduce it: it is defective, or "
                 "nearly so"
             )
         return _through_schur(matrices, self.host, self.name)
 
+    def _by_eigenvectors(self, matrices: Array) -> Array | None:
+        """Return f of matrices; None, or NaN for traced values, if eigenvectors do not determine it."""
+        found = spectra.decompose(matrices, False)
+        if found is not None and self.kink is not None:
+            found = spectra.with_values(found, self.settled(found.values, spectra.uncertainty(found)))
+        if found is None:
+            return None
+        value = spectra.of_matrices(found, self.finite)
+        repeated = found.values == (math.nan if self.kink is None else self.kink)
+        with np.errstate(all="ignore"):
+            good = spectra.is_determined(found, self.values, value, repeated)
+        if is_known(value):
+            return value if bool(good.all()) else None
+        return value + nan_unless(good, value)[..., None, None]
+
     @staticmethod
     def multiple_of_identity(A: LinearOperator, c: Any) -> LinearOperator:
         """Return c times the identity, with the shape and library of A."""
         return scalar_like(A, c)
+
+
+class NoValueError(np.linalg.LinAlgError, ArithmeticError):
+    """A function of a matrix is not defined, or not determined by the matrix to working precision."""
 
 
 def positive_part(values: Array) -> Array:
@@ -155,19 +194,42 @@ def positive_part(values: Array) -> Array:
 def _through_schur(matrices: Array, function: Callable[[np.ndarray], np.ndarray], name: str) -> Array:
     """Return a function of matrices that may be defective, computed on the host; ArithmeticError with gradients."""
     if follows(matrices):
-        raise ArithmeticError(
+        raise NoValueError(
             f"{name} of a defective or nearly defective matrix is not differentiable here; detach the matrix to "
             "compute its value"
         )
-    wide = np.asarray(matrices.detach().cpu() if hasattr(matrices, "detach") else matrices)
-    flat = wide.reshape((-1, *wide.shape[-2:]))
-    result = np.result_type(wide.dtype, np.complex64)
-    made = np.array([function(m.astype(np.result_type(m.dtype, np.float64))) for m in flat])
-    with np.errstate(over="ignore"):
+    given = np.asarray(matrices.detach().cpu() if hasattr(matrices, "detach") else matrices)
+    flat = given.reshape((-1, *given.shape[-2:]))
+    wide = flat.astype(np.result_type(given.dtype, np.float64))
+    result = np.result_type(given.dtype, np.complex64)
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the checks below replace the warnings of SciPy
+        made = np.array([function(m) for m in wide])
+        if np.isfinite(made).all():
+            changed = np.array([function(m) for m in wide + _roundoff(wide, given.dtype)])
+            for matrix, value, other in zip(wide, made, changed, strict=True):
+                if not spectra.is_small(other - value, value, given.dtype):
+                    raise _undetermined(matrix, name)
         made = made.astype(result)
     if not np.isfinite(made).all():
-        raise ArithmeticError(f"{name} is not finite at an eigenvalue of this matrix")
-    return to_backend(made.reshape(wide.shape), backend_of(matrices), str(result))
+        raise NoValueError(f"{name} is not finite at an eigenvalue of this matrix")
+    return to_backend(made.reshape(given.shape), backend_of(matrices), str(result))
+
+
+def _roundoff(matrices: np.ndarray, dtype: Any) -> np.ndarray:
+    """Return a change of each entry by one roundoff of ``dtype``, and of zeros by one of the smallest entry."""
+    sizes = abs(matrices)
+    least = np.where(sizes > 0, sizes, np.inf).min((-2, -1), keepdims=True)
+    return spectra.rounding(np.where(sizes > 0, sizes, np.where(np.isfinite(least), least, 0)), dtype)
+
+
+def _undetermined(matrix: np.ndarray, name: str) -> NoValueError:
+    sizes = np.linalg.svd(matrix, compute_uv=False)
+    return NoValueError(
+        f"{name} is not determined by this matrix to working precision: roundoff in its entries changes the result. "
+        "The matrix is singular, or nearly so and defective; its singular values lie between "
+        f"{sizes[-1]:.1e} and {sizes[0]:.1e}"
+    )
 
 
 def evaluate(A: LinearOperator, f: Function) -> LinearOperator:
@@ -245,7 +307,7 @@ def _phi(core: Array) -> Array:
 
 
 def _log_of(A: LinearOperator) -> Function:
-    return Function("the logarithm", lapack_of(A).log, at_zero=-math.inf, host=scipy.linalg.logm)
+    return Function("the logarithm", lapack_of(A).log, at_zero=-math.inf, host=scipy.linalg.logm, kink=0.0)
 
 
 def _power(alpha: Any) -> Function:
@@ -259,12 +321,19 @@ def _power(alpha: Any) -> Function:
     # 0 ** alpha is 0 if alpha has a positive real part, and not finite otherwise.
     return Function(
         f"the power {alpha}", lambda x: x**alpha, keeps_positive=True, host=host,
-        at_zero=0.0 if alpha.real > 0 else math.inf,
+        at_zero=0.0 if alpha.real > 0 else math.inf, kink=0.0,
     )  # fmt: skip
 
 
+def _given(A: LinearOperator, f: Callable[[Array], Array]) -> Function:
+    with np.errstate(all="ignore"):
+        size = known(abs(f(A.xnp.zeros((1,), dtype=A.dtype, device=A.device))).sum())
+    kink = None if size is None or math.isfinite(size) else 0.0
+    return Function("a function of a matrix", f, kink=kink)
+
+
 def reciprocal() -> Function:
-    return Function("the inverse", lambda x: 1 / x, real=True, keeps_positive=True, at_zero=math.inf)
+    return Function("the inverse", lambda x: 1 / x, real=True, keeps_positive=True, at_zero=math.inf, kink=0.0)
 
 
 # CoLA's functions without an algorithm, and with the default one.
@@ -329,7 +398,7 @@ def apply(f: Callable[[Array], Array], A: LinearOperator) -> LinearOperator:
     functions below raise the same errors.
     """
     require_operator(A)
-    return evaluate(A, Function("a function of a matrix", f))
+    return evaluate(A, _given(A, f))
 
 
 def expm(A: LinearOperator) -> LinearOperator:

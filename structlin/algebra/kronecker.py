@@ -1,0 +1,127 @@
+"""Functions of Kronecker products and sums of small matrices, from the eigenvectors of the members."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from cola.annotations import SelfAdjoint
+
+from structlin import _spectra as spectra
+from structlin._arrays import Array
+from structlin._lapack import eps, known, lapack, nan_unless, seen
+from structlin.operators import StructuredOperator
+from structlin.structure import Structure
+from structlin.structures.diagonal import Diagonal
+from structlin.structures.kronecker import Kronecker
+
+
+def outer(values: Sequence[Array], add: bool = False) -> Array:
+    """Return all products or sums of one entry of each vector, in the order of a Kronecker product."""
+    found = values[0]
+    for more in values[1:]:
+        left, right = found[:, None], more[None, :]
+        found = (left + right if add else left * right).reshape((-1,))
+    return found
+
+
+def is_hermitian(matrix: Array) -> bool:
+    """Whether a matrix is Hermitian to roundoff; True while values are traced, where the caller has to check."""
+    (fixed,) = seen(matrix)
+    xp = lapack(fixed)
+    adjoint = xp.conj(fixed).swapaxes(-1, -2)
+    if known(xp.equal(fixed, adjoint)):
+        return True
+    distance, size = known(xp.max(abs(fixed - adjoint))), known(xp.max(abs(fixed)))
+    return distance is None or size is None or distance <= 100 * eps(matrix.dtype) * size
+
+
+def of_kronecker(matrices: Sequence[Array], A: Any, f: Any, *, add: bool = False, shift: Any = 0.0) -> Any | None:
+    """Return f(K + shift I), for K the Kronecker product of the matrices, or with ``add`` their Kronecker sum.
+
+    V f(L) V^-1, where V and L are made of the members' eigenvectors and eigenvalues. None if a member is defective, or
+    if roundoff in the members changes f. A tells what is known of the whole: its annotations.
+    """
+    hermitian = A.isa(SelfAdjoint) and all(map(is_hermitian, matrices))
+    found = _of_members(matrices, A, f, add, shift, hermitian)
+    if found is None or hermitian or f.real:
+        return found
+    fixed = [lapack(m).stop_gradient(m) for m in matrices]
+    other = _of_members([m + spectra.rounding(m) for m in fixed], A, f, add, shift, False)
+    if other is None:
+        return None
+    v = _probe(A.shape[0], matrices[0])
+    x = lapack(v).stop_gradient(found @ v)
+    return _if(spectra.is_small((other @ v - x)[:, None], x[:, None], A.dtype), found, x)
+
+
+def _of_members(
+    matrices: Sequence[Array], A: Any, f: Any, add: bool, shift: Any, hermitian: bool
+) -> StructuredOperator | None:
+    found = [spectra.decompose(m, hermitian) for m in matrices]
+    parts = [p for p in found if p is not None]
+    if len(parts) < len(found):
+        return None
+    xp = lapack(parts[0].values)
+    left, right = Kronecker(*(p.vectors for p in parts)), Kronecker(*(p.inverse for p in parts))
+
+    def shifted(values: Array) -> Array:
+        return xp.real(values) + shift if A.isa(SelfAdjoint) else values + shift
+
+    def numbers(values: Array) -> Array:
+        return f.on_spectrum(shifted(values), A)
+
+    values = shifted(outer([p.values for p in parts], add))
+    radius = _radius(parts, add) + spectra.ROUNDOFF * eps(A.dtype) * abs(shift)
+    settled = f.settled(values, radius)
+    middle: Any = Diagonal(f.on_spectrum(settled, A))
+    for k, part in enumerate(parts):
+        if part.followed:
+            middle = middle + _member_derivative(parts, k, numbers, add)
+    made = left @ middle @ right
+    moved = lapack(values).stop_gradient(values - settled)
+    if hermitian or known(abs(moved).sum()) == 0:
+        return made
+    # Eigenvalues moved to one number are semisimple if this keeps the matrix.
+    image = right @ _probe(A.shape[0], parts[0].vectors)
+    change, size = left @ (moved * image), left @ (xp.stop_gradient(values) * image)
+    return _if(xp.max(xp.abs(change)) <= eps(A.dtype) ** 0.75 * xp.max(xp.abs(size)), made, change)
+
+
+def _radius(parts: Sequence[spectra.Decomposition], add: bool) -> Array:
+    radii = [spectra.uncertainty(p) for p in parts]
+    if add:
+        return outer(radii, True)
+    sizes = [abs(p.values) for p in parts]
+    return outer([s + r for s, r in zip(sizes, radii, strict=True)]) - outer(sizes)
+
+
+def _probe(n: int, like: Array) -> Array:
+    """Return a fixed random vector in the library and dtype of ``like``."""
+    xp = lapack(like)
+    return xp.astype(xp.index(np.random.default_rng(0).standard_normal(n), like), like.dtype)
+
+
+def _if(good: Array, A: Any, like: Array) -> Any | None:
+    """Return A if ``good``, else None; for a traced condition, its products are NaN instead."""
+    number = known(good)
+    if number is not None:
+        return A if number else None
+    one = like * 0 + 1
+    return Diagonal(one + nan_unless(good, one)) @ A
+
+
+def _member_derivative(parts: Sequence[Any], k: int, f: Any, add: bool) -> StructuredOperator:
+    """Zero, with the derivative of f(L) with respect to member k: one matrix for each position of the others."""
+    xp, part = lapack(parts[k].values), parts[k]
+    neutral = part.values[:1] * 0 + (0 if add else 1)
+    first, last = (outer([neutral, *(p.values for p in side)], add) for side in (parts[:k], parts[k + 1 :]))
+    others = first[:, None] + last[None, :] if add else first[:, None] * last[None, :]  # (p, q)
+    whole = others[:, :, None] + part.values if add else others[:, :, None] * part.values  # (p, q, m)
+    weights = spectra.divided_differences(f, whole)
+    weights = weights if add else weights * others[:, :, None, None]
+    weights = xp.permute(weights, (0, 2, 3, 1))  # (p, m, m, q)
+    p, m, _, q = weights.shape
+    structure = Structure.parse("pjq,pijq->piq", p=p, j=m, i=m, q=q)
+    return StructuredOperator(structure, (spectra.first_order(part, weights),))
