@@ -72,15 +72,16 @@ def uncertainty(found: Decomposition) -> Array:
     It is small for a small eigenvalue of a graded matrix, and large for nearly defective ones.
     """
     xp = lapack(found.vectors)
-    moved = xp.abs(found.inverse) * (xp.abs(xp.stop_gradient(found.matrices)) @ xp.abs(found.vectors)).swapaxes(-1, -2)
-    return ROUNDOFF * eps(found.matrices.dtype) * moved.sum(-1)
+    error = ROUNDOFF * eps(found.matrices.dtype) * xp.abs(xp.stop_gradient(found.matrices)) + xp.abs(_residual(found))
+    return (xp.abs(found.inverse) * (error @ xp.abs(found.vectors)).swapaxes(-1, -2)).sum(-1)
 
 
-def with_values(found: Decomposition, values: Array) -> Decomposition | None:
-    """Return the decomposition with eigenvalues that differ by their uncertainty.
+def with_values(found: Decomposition, values: Array, radius: Array) -> Decomposition | None:
+    """Return the decomposition with eigenvalues that differ by at most ``radius``, their uncertainty.
 
     None, or NaN for traced values, if this changes the matrices by more than roundoff: then an eigenvalue that now
-    repeats is defective.
+    repeats is defective. Also if an eigenvalue moves by more than a small part of the radius, which is a bound: then it
+    may well be another number.
     """
     xp = lapack(values)
     moved = found.values - values
@@ -89,7 +90,7 @@ def with_values(found: Decomposition, values: Array) -> Decomposition | None:
     change = (found.vectors * moved[..., None, :]) @ found.inverse
     part = (found.vectors * xp.where(moved == 0, moved, moved * 0 + 1)[..., None, :]) @ found.inverse
     bound = ROUNDOFF * eps(found.matrices.dtype) * _largest(found.matrices) * (xp.abs(part) ** 2).sum((-2, -1))
-    good = _largest(change) <= bound
+    good = (_largest(change) <= bound) & (xp.amax(xp.abs(moved) - radius / 8) <= 0)
     if is_known(values):
         return replace(found, values=values) if bool(good.all()) else None
     return replace(found, values=values + nan_unless(good, values)[..., None])
@@ -103,35 +104,43 @@ def _largest(matrices: Array) -> Array:
 def is_determined(found: Decomposition, f: Numbers, result: Array, repeated: Array) -> Array:
     """Return whether roundoff in the entries of each matrix changes ``result``, f of it, by little, to first order.
 
-    The change is computed in one random direction (Kenney and Laub 1994, Small-sample statistical condition estimates
+    The change is computed in two random directions (Kenney and Laub 1994, Small-sample statistical condition estimates
     for general matrix functions). ``repeated`` marks eigenvalues at which f has no derivative.
     """
     xp = lapack(found.vectors)
     fixed, result = xp.stop_gradient(found.matrices), xp.stop_gradient(result)
-    error = (found.vectors * found.values[..., None, :]) @ found.inverse - fixed + rounding(fixed)
     slopes = divided_differences(f, found.values)
-    slopes = xp.where(repeated[..., :, None] & repeated[..., None, :], 0 * slopes, slopes)
-    change = found.vectors @ (slopes * (found.inverse @ error @ found.vectors)) @ found.inverse
-    return is_small(change, result, fixed.dtype)
+    slopes = xp.where(repeated[..., :, None] & repeated[..., None, :], 0 * found.vectors, slopes)
+
+    def change(error: Array) -> Array:
+        return found.vectors @ (slopes * (found.inverse @ error @ found.vectors)) @ found.inverse
+
+    residual = _residual(found)
+    first, second = (is_small(change(residual + rounding(fixed, seed)), result) for seed in range(2))
+    return first & second
 
 
-def is_small(change: Array, result: Array, dtype: Any) -> Array:
-    """Return whether a change of a result leaves about a quarter of the digits of ``dtype`` unchanged."""
-    return _largest(change) <= eps(dtype) ** 0.25 * _largest(result)
-
-
-def rounding(matrices: Array, dtype: Any = None) -> Array:
-    """Return a change of each entry by one roundoff of ``dtype`` (default: their own), with random signs."""
-    return (
-        eps(matrices.dtype if dtype is None else dtype)
-        * matrices
-        * lapack(matrices).index(_signs(matrices.shape[-1]), matrices)
+def _residual(found: Decomposition) -> Array:
+    return (found.vectors * found.values[..., None, :]) @ found.inverse - lapack(found.vectors).stop_gradient(
+        found.matrices
     )
 
 
+def is_small(change: Array, result: Array) -> Array:
+    """Return whether a change of a result is below a thousandth of its largest entry."""
+    return _largest(change) <= 1e-3 * _largest(result)
+
+
+def rounding(matrices: Array, seed: int = 0) -> Array:
+    """Return a random change of each entry by about one roundoff."""
+    xp = lapack(matrices)
+    factors = xp.astype(xp.index(_normal(matrices.shape[-1], seed), matrices), matrices.dtype)
+    return eps(matrices.dtype) * matrices * factors
+
+
 @lru_cache(maxsize=8)
-def _signs(n: int) -> np.ndarray:
-    return np.random.default_rng(0).choice(np.array([-1, 1], np.int8), (n, n))
+def _normal(n: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((n, n))
 
 
 def of_matrices(found: Decomposition, f: Numbers) -> Array:

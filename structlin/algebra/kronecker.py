@@ -53,7 +53,7 @@ def of_kronecker(matrices: Sequence[Array], A: Any, f: Any, *, add: bool = False
         return None
     v = _probe(A.shape[0], matrices[0])
     x = lapack(v).stop_gradient(found @ v)
-    return _if(spectra.is_small((other @ v - x)[:, None], x[:, None], A.dtype), found, x)
+    return _if(spectra.is_small((other @ v - x)[:, None], x[:, None]), found, x)
 
 
 def _of_members(
@@ -83,10 +83,11 @@ def _of_members(
     moved = lapack(values).stop_gradient(values - settled)
     if hermitian or known(abs(moved).sum()) == 0:
         return made
-    # Eigenvalues moved to one number are semisimple if this keeps the matrix.
+    # As in spectra.with_values: eigenvalues moved to one number are semisimple if this keeps the matrix.
     image = right @ _probe(A.shape[0], parts[0].vectors)
     change, size = left @ (moved * image), left @ (xp.stop_gradient(values) * image)
-    return _if(xp.max(xp.abs(change)) <= eps(A.dtype) ** 0.75 * xp.max(xp.abs(size)), made, change)
+    good = xp.max(xp.abs(change)) <= eps(A.dtype) ** 0.75 * xp.max(xp.abs(size))
+    return _if(good & (xp.max(xp.abs(moved) - radius / 8) <= 0), made, change)
 
 
 def _radius(parts: Sequence[spectra.Decomposition], add: bool) -> Array:

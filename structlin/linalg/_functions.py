@@ -17,7 +17,6 @@ Derivatives are correct if eigenvalues repeat (:mod:`structlin._spectra`).
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -26,7 +25,6 @@ from typing import Any
 
 import cola
 import numpy as np
-import scipy.linalg
 from cola.annotations import PSD, SelfAdjoint
 from cola.linalg.algorithm_base import Auto
 from cola.ops import Adjoint, BlockDiag, I_like, Identity, KronSum, LinearOperator, ScalarMul, Sum, Transpose
@@ -38,6 +36,7 @@ from structlin._arrays import Array, backend_of, to_backend
 from structlin._cola_compat import rule
 from structlin._lapack import eps, follows, is_known, known, lapack, nan_unless, not_positive, require_precision
 from structlin.algebra import chains
+from structlin.linalg import _defective as defective
 from structlin.linalg._common import (
     Composite,
     by_members,
@@ -61,9 +60,10 @@ class Function:
 
     ``values`` applies f to each entry of an array. f maps real matrices to real ones (``real``), real numbers to
     positive ones (``positive``), or positive numbers to positive ones (``keeps_positive``). ``matrix`` is f of a stack
-    of square matrices without eigenvectors, and ``host`` is f of one NumPy matrix that may be defective; either may be
-    None. ``at_zero`` is f(0), or None if not known. ``thin`` maps M to ``M^-1 (f(M) - f(0))`` without eigenvectors,
-    which gives ``f(U V) = f(0) I + U thin(V U) V``. ``kink`` is the number at which f is not smooth, or None.
+    of square matrices without eigenvectors; None if not known. ``host`` is f of one NumPy matrix in double precision,
+    which may be defective, and the dtype in which it was given; None if not known. ``at_zero`` is f(0), or None if not
+    known. ``thin`` maps M to ``M^-1 (f(M) - f(0))`` without eigenvectors, which gives ``f(U V) = f(0) I + U thin(V U)
+    V``. ``kink`` is the number at which f is not smooth, or None.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Function:
     positive: bool = False
     keeps_positive: bool = False
     matrix: Callable[[Array], Array] | None = None
-    host: Callable[[np.ndarray], np.ndarray] | None = None
+    host: Callable[[np.ndarray, Any], np.ndarray] | None = None
     at_zero: float | None = None
     thin: Callable[[Array], Array] | None = None
     kink: Any = None
@@ -146,13 +146,14 @@ class Function:
                 f"{self.name} needs eigenvectors, and those of this matrix do not reproduce it: it is defective, or "
                 "nearly so"
             )
-        return _through_schur(matrices, self.host, self.name)
+        return self._on_host(matrices, self.host)
 
     def _by_eigenvectors(self, matrices: Array) -> Array | None:
         """Return f of matrices; None, or NaN for traced values, if eigenvectors do not determine it."""
         found = spectra.decompose(matrices, False)
         if found is not None and self.kink is not None:
-            found = spectra.with_values(found, self.settled(found.values, spectra.uncertainty(found)))
+            radius = spectra.uncertainty(found)
+            found = spectra.with_values(found, self.settled(found.values, radius), radius)
         if found is None:
             return None
         value = spectra.of_matrices(found, self.finite)
@@ -162,6 +163,27 @@ class Function:
         if is_known(value):
             return value if bool(good.all()) else None
         return value + nan_unless(good, value)[..., None, None]
+
+    def _on_host(self, matrices: Array, function: Callable[[np.ndarray, Any], np.ndarray]) -> Array:
+        if follows(matrices):
+            raise NoValueError(
+                f"{self.name} of a defective or nearly defective matrix is not differentiable here; detach the matrix "
+                "to compute its value"
+            )
+        given = np.asarray(matrices.detach().cpu() if hasattr(matrices, "detach") else matrices)
+        wide = given.reshape((-1, *given.shape[-2:])).astype(np.result_type(given.dtype, np.float64))
+        result = np.result_type(given.dtype, np.complex64)
+        with np.errstate(all="ignore"):
+            made = np.array([function(matrix, given.dtype) for matrix in wide]).astype(result)
+        good = np.isfinite(made).all((-2, -1))
+        if not good.all():
+            sizes = np.linalg.svd(wide[np.argmin(good)], compute_uv=False)
+            raise NoValueError(
+                f"{self.name} of this matrix is not finite, or roundoff in the entries changes it: the matrix is "
+                f"singular, or nearly so and defective; its singular values lie between {sizes[-1]:.1e} and "
+                f"{sizes[0]:.1e}"
+            )
+        return to_backend(made.reshape(given.shape), backend_of(matrices), str(result))
 
     @staticmethod
     def multiple_of_identity(A: LinearOperator, c: Any) -> LinearOperator:
@@ -189,47 +211,6 @@ def positive_part(values: Array) -> Array:
     if low < bound * high:
         raise not_positive(f"a matrix with an eigenvalue of {low:.1e} (the largest is {high:.1e})")
     return clamped
-
-
-def _through_schur(matrices: Array, function: Callable[[np.ndarray], np.ndarray], name: str) -> Array:
-    """Return a function of matrices that may be defective, computed on the host; ArithmeticError with gradients."""
-    if follows(matrices):
-        raise NoValueError(
-            f"{name} of a defective or nearly defective matrix is not differentiable here; detach the matrix to "
-            "compute its value"
-        )
-    given = np.asarray(matrices.detach().cpu() if hasattr(matrices, "detach") else matrices)
-    flat = given.reshape((-1, *given.shape[-2:]))
-    wide = flat.astype(np.result_type(given.dtype, np.float64))
-    result = np.result_type(given.dtype, np.complex64)
-    with np.errstate(all="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the checks below replace the warnings of SciPy
-        made = np.array([function(m) for m in wide])
-        if np.isfinite(made).all():
-            changed = np.array([function(m) for m in wide + _roundoff(wide, given.dtype)])
-            for matrix, value, other in zip(wide, made, changed, strict=True):
-                if not spectra.is_small(other - value, value, given.dtype):
-                    raise _undetermined(matrix, name)
-        made = made.astype(result)
-    if not np.isfinite(made).all():
-        raise NoValueError(f"{name} is not finite at an eigenvalue of this matrix")
-    return to_backend(made.reshape(given.shape), backend_of(matrices), str(result))
-
-
-def _roundoff(matrices: np.ndarray, dtype: Any) -> np.ndarray:
-    """Return a change of each entry by one roundoff of ``dtype``, and of zeros by one of the smallest entry."""
-    sizes = abs(matrices)
-    least = np.where(sizes > 0, sizes, np.inf).min((-2, -1), keepdims=True)
-    return spectra.rounding(np.where(sizes > 0, sizes, np.where(np.isfinite(least), least, 0)), dtype)
-
-
-def _undetermined(matrix: np.ndarray, name: str) -> NoValueError:
-    sizes = np.linalg.svd(matrix, compute_uv=False)
-    return NoValueError(
-        f"{name} is not determined by this matrix to working precision: roundoff in its entries changes the result. "
-        "The matrix is singular, or nearly so and defective; its singular values lie between "
-        f"{sizes[-1]:.1e} and {sizes[0]:.1e}"
-    )
 
 
 def evaluate(A: LinearOperator, f: Function) -> LinearOperator:
@@ -307,20 +288,14 @@ def _phi(core: Array) -> Array:
 
 
 def _log_of(A: LinearOperator) -> Function:
-    return Function("the logarithm", lapack_of(A).log, at_zero=-math.inf, host=scipy.linalg.logm, kink=0.0)
+    return Function("the logarithm", lapack_of(A).log, at_zero=-math.inf, host=defective.logarithm, kink=0.0)
 
 
 def _power(alpha: Any) -> Function:
-    def host(matrix: np.ndarray) -> np.ndarray:
-        if alpha == 0.5:
-            return scipy.linalg.sqrtm(matrix)
-        if isinstance(alpha, complex):
-            return scipy.linalg.expm(alpha * scipy.linalg.logm(matrix))
-        return scipy.linalg.fractional_matrix_power(matrix, alpha)
-
     # 0 ** alpha is 0 if alpha has a positive real part, and not finite otherwise.
     return Function(
-        f"the power {alpha}", lambda x: x**alpha, keeps_positive=True, host=host,
+        f"the power {alpha}", lambda x: x**alpha, keeps_positive=True,
+        host=lambda matrix, dtype: defective.power(matrix, alpha, dtype),
         at_zero=0.0 if alpha.real > 0 else math.inf, kink=0.0,
     )  # fmt: skip
 
