@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from cola.annotations import PSD, SelfAdjoint, Unitary
 
+from structlin import _spectra as spectra
 from structlin._arrays import Array, backend_of, ops
 from structlin._lapack import (
     as_tensors,
@@ -117,9 +118,11 @@ class CirculantStructure(SquareStructure):
         column, n = A.factors[0], self.size
         require_precision(column, f.name)
         xp = lapack(column)
-        if not xp.is_complex(column) and (f.real or A.isa(PSD)):
-            return Answer(Circulant(xp.irfft(f.on_spectrum(xp.rfft(column, n, 0), A) + 0j, n, 0)))
-        return Answer(Circulant(xp.ifft(f.on_spectrum(xp.fft(column, n, 0), A) + 0j, n, 0)))
+        real = not xp.is_complex(column) and (f.real or A.isa(PSD))
+        values = (xp.rfft if real else xp.fft)(column, n, 0)
+        radius = spectra.ROUNDOFF * eps(column.dtype) * abs(xp.stop_gradient(column)).sum()
+        found = f.on_spectrum(f.settled(values, radius), A) + 0j
+        return Answer(Circulant((xp.irfft if real else xp.ifft)(found, n, 0)))
 
     def power(self, A: Any, k: int) -> Answer[Any]:
         """Raise the eigenvalues to the power k."""

@@ -1,0 +1,132 @@
+"""Logarithms and powers of matrices that are singular, defective, graded or nearly so, against exact formulas."""
+
+import cola
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+import structlin as sl
+from structlin import linalg
+from structlin._arrays import to_backend
+from structlin.testing import to_numpy
+
+BACKENDS = ["numpy", "torch", "jax"]
+POWERS = [0.1, 0.3, 0.5, 1.5]
+
+
+def power(exponent):
+    return lambda A: linalg.matrix_power(A, exponent)
+
+
+def orthogonal(rng, n):
+    return np.linalg.qr(rng.standard_normal((n, n)))[0]
+
+
+def nilpotent(rng, m, extra, dtype):
+    """Return a rotated Jordan block of the eigenvalue 0 and of size m, beside regular eigenvalues."""
+    n = m + extra
+    upper = np.diag(np.r_[np.zeros(m), 1 + rng.random(extra)])
+    upper[:m, :m] += 10.0 ** rng.uniform(-3, 3) * np.eye(m, k=1)
+    Q = orthogonal(rng, n)
+    return (Q @ upper @ Q.T).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("m", [2, 3, 4, 6])
+@pytest.mark.parametrize("extra", [0, 3])
+def test_a_defective_eigenvalue_zero_has_no_logarithm_and_no_roots(m, extra, dtype):
+    rng = np.random.default_rng(m)
+    functions = [linalg.logm, linalg.sqrtm, power(0.3), power(-0.5)]
+    for backend in BACKENDS if m == 3 else BACKENDS[:2]:
+        for function in functions:
+            A = sl.Dense(to_backend(nilpotent(rng, m, extra, dtype), backend))
+            with pytest.raises(ArithmeticError, match="singular") as caught:
+                function(A)
+            assert isinstance(caught.value, np.linalg.LinAlgError)
+
+
+def test_traced_values_without_a_logarithm_are_nan():
+    def log(a):
+        return linalg.logm(sl.Dense(a)).to_dense()
+
+    rng = np.random.default_rng(0)
+    for a in (nilpotent(rng, 3, 0, "float64"), np.ones((3, 3))):
+        assert not jnp.isfinite(jax.jit(log)(a)).any()
+    a = np.eye(3) + rng.standard_normal((3, 3)) / 4
+    np.testing.assert_allclose(jax.jit(log)(a), scipy.linalg.logm(a), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("n", "backend"), [(2, "numpy"), (3, "torch"), (4, "jax"), (20, "numpy"), (20, "torch")])
+def test_powers_at_a_semisimple_eigenvalue_zero(n, dtype, backend):
+    rng, tolerance = np.random.default_rng(n), 1000 * np.finfo(dtype).eps
+    values = np.r_[rng.uniform(0.5, 2, n - n // 2), np.zeros(n // 2)]
+    Q, V = orthogonal(rng, n), rng.standard_normal((n, n)) / 4 + 2 * np.eye(n)
+    W = np.linalg.inv(V)
+    for exponent in POWERS:
+        for left, right, kind in ((Q, Q.T, cola.PSD), (Q, Q.T, None), (V, W, None)):
+            A = sl.Dense(to_backend((left * values @ right).astype(dtype), backend))
+            A = A if kind is None else kind(A)
+            want = left * values**exponent @ right
+            np.testing.assert_allclose(to_numpy(linalg.matrix_power(A, exponent).to_dense()), want, atol=tolerance)
+            for function in (linalg.logm, power(-exponent)):
+                with pytest.raises(ArithmeticError, match="singular"):
+                    function(A)
+
+
+def test_powers_where_another_eigenvalue_is_defective():
+    Q = orthogonal(np.random.default_rng(0), 3)
+    A = sl.Dense(Q @ np.array([[0.0, 2, 0], [0, 1, 1], [0, 0, 1]]) @ Q.T)
+    for p in POWERS:  # the derivative at the double eigenvalue 1
+        want = Q @ np.array([[0, 2, 2 * p - 2], [0, 1, p], [0, 0, 1]]) @ Q.T
+        np.testing.assert_allclose(linalg.matrix_power(A, p).to_dense(), want, atol=1e-6)
+
+
+@pytest.mark.parametrize(("n", "backend"), [(2, "numpy"), (20, "torch"), (20, "jax"), (200, "numpy"), (200, "torch")])
+def test_the_logarithm_of_a_nearly_singular_regular_matrix(n, backend):
+    rng = np.random.default_rng(n)
+    V, x = np.eye(n) + rng.standard_normal((n, n)) / (3 * np.sqrt(n)), np.r_[-20, rng.uniform(-1, 3, n - 1)]
+    W = np.linalg.inv(V)
+    found = linalg.logm(sl.Dense(to_backend(V * np.exp(x) @ W, backend)))
+    np.testing.assert_allclose(to_numpy(found.to_dense()), V * x @ W, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_graded_matrices(dtype):
+    rng, exponent = np.random.default_rng(0), 150 if dtype == "float64" else 15
+    d = 10.0 ** np.linspace(-exponent, exponent, 3)
+    np.testing.assert_allclose(
+        linalg.logm(sl.Dense(np.diag(d).astype(dtype))).to_dense(), np.diag(np.log(d)), rtol=1e-6
+    )
+    small = np.eye(3) + rng.standard_normal((3, 3)) / 4
+    scaled = (d[:, None] * small / d).astype(dtype)
+    found, want = linalg.logm(sl.Dense(scaled)).to_dense(), d[:, None] * scipy.linalg.logm(small) / d
+    np.testing.assert_allclose(found / abs(want).max(), want / abs(want).max(), atol=1e-2)
+    Q = orthogonal(rng, 3)  # rotated, the small numbers are roundoff
+    with pytest.raises(ArithmeticError, match="singular"):
+        linalg.logm(sl.Dense((Q * d @ Q.T).astype(dtype)))
+
+
+def test_members_of_kronecker_products_and_sums():
+    rng = np.random.default_rng(0)
+    Q = orthogonal(rng, 3)
+    projection, upper = Q[:, :2] @ Q[:, :2].T, np.array([[1, 0.3, 0], [0, 2, 0.1], [0, 0, 3.0]])
+    root = linalg.sqrtm(sl.Kronecker(projection, upper))
+    np.testing.assert_allclose(root.to_dense(), np.kron(projection, scipy.linalg.sqrtm(upper)), atol=1e-12)
+    without = [
+        sl.Kronecker(projection, upper),
+        sl.Kronecker(nilpotent(rng, 2, 0, "float64"), upper),
+        cola.kronsum(sl.Dense(upper), sl.Dense(-upper)),
+        sl.Circulant(np.array([2.0, -1.0, -1.0])),
+        cola.PSD(sl.Circulant(np.array([0.2, -0.1, -0.1]))),
+    ]
+    for A in without:
+        with pytest.raises(ArithmeticError, match="singular"):
+            linalg.logm(A)
+    with pytest.raises(ArithmeticError, match="singular"):
+        linalg.sqrtm(without[1])
+    with pytest.raises(ArithmeticError):
+        linalg.apply(torch.log, sl.Dense(torch.ones((3, 3), dtype=torch.float64)))
