@@ -17,7 +17,7 @@ from cola.ops import Kronecker as ColaKronecker
 from structlin._arrays import Array, in_library
 from structlin._cola_compat import rule
 from structlin._lapack import lapack
-from structlin.algebra.chains import outer
+from structlin.algebra.kronecker import outer
 from structlin.linalg._common import has_square_members, require_operator, require_square
 from structlin.linalg._forms import diagonal_of, thin, without_scalars
 from structlin.operators import StructuredOperator

@@ -18,7 +18,7 @@ from cola.ops import Kronecker as ColaKronecker
 
 from structlin._arrays import Array, as_array
 from structlin._lapack import lapack
-from structlin.algebra import chains, roles
+from structlin.algebra import chains, kronecker, roles
 from structlin.linalg._common import fits_dense
 from structlin.operators import StructuredOperator
 from structlin.structures.diagonal import DiagonalStructure
@@ -113,7 +113,7 @@ class Members:
     @property
     def hermitian(self) -> bool:
         """Whether all members are known to be Hermitian to roundoff."""
-        return all(map(chains.is_hermitian, self.matrices))
+        return all(map(kronecker.is_hermitian, self.matrices))
 
 
 def members(A: LinearOperator) -> Members | None:

@@ -9,7 +9,7 @@ logarithm; Higham and Lin 2013, An improved Schur-Pade algorithm). exp and integ
 other function of a defective matrix raises ArithmeticError, or gives NaN inside jit.
 
 For log and powers, an eigenvalue that is zero to roundoff counts as zero. Every result is verified: roundoff in the
-entries of the matrix must not change it, to about a quarter of the digits.
+entries of the matrix must not change it by more than a thousandth of its largest entry (unless A is Hermitian).
 
 Derivatives are correct if eigenvalues repeat (:mod:`structlin._spectra`).
 """
@@ -35,7 +35,7 @@ from structlin import _spectra as spectra
 from structlin._arrays import Array, backend_of, to_backend
 from structlin._cola_compat import rule
 from structlin._lapack import eps, follows, is_known, known, lapack, nan_unless, not_positive, require_precision
-from structlin.algebra import chains
+from structlin.algebra import kronecker
 from structlin.linalg import _defective as defective
 from structlin.linalg._common import (
     Composite,
@@ -238,7 +238,7 @@ def _composite(A: LinearOperator, f: Function) -> LinearOperator | None:
     form = members(A)
     if form is not None:
         require_precision(form.matrices[0], f.name)
-        return chains.of_kronecker(form.matrices, A, f, add=form.add, shift=form.shift)
+        return kronecker.of_kronecker(form.matrices, A, f, add=form.add, shift=form.shift)
     if isinstance(A, Sum):
         return _of_shifted(A, f)
     return None

@@ -16,7 +16,7 @@ from cola.ops import Kronecker as ColaKronecker
 
 from structlin._cola_compat import rule
 from structlin._lapack import inverse_values, nan_unless, pinv_of, reciprocals
-from structlin.algebra import chains
+from structlin.algebra import kronecker
 from structlin.algebra.chains import singular
 from structlin.linalg import _spectral as spectral
 from structlin.linalg._common import (
@@ -95,7 +95,7 @@ def inverse_of_members(A: LinearOperator) -> LinearOperator | None:
     if form is None:
         made = spectral.pair_inverse(A)
     else:
-        made = chains.of_kronecker(form.matrices, A, reciprocal(), add=form.add, shift=form.shift)
+        made = kronecker.of_kronecker(form.matrices, A, reciprocal(), add=form.add, shift=form.shift)
     found = None if made is None else _checked(A, made)
     return None if found is None else annotated(found, hermitian(A))
 

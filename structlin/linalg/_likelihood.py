@@ -28,7 +28,7 @@ from structlin._lapack import (
     lapack,
     small_views,
 )
-from structlin.algebra import chains
+from structlin.algebra import chains, kronecker
 from structlin.linalg import _woodbury
 from structlin.linalg._forms import members
 from structlin.operators import StructuredOperator
@@ -178,7 +178,7 @@ def _of_members(A: LinearOperator) -> Any:
 
     def compute(xp: Any, b: Array, *arrays: Array) -> Terms:
         pairs = [xp.eigh(m) for m in arrays[: len(sizes)]]
-        values = chains.outer([w for w, _ in pairs], form.add) + (arrays[-1] if shift else form.shift)
+        values = kronecker.outer([w for w, _ in pairs], form.add) + (arrays[-1] if shift else form.shift)
         scale = inverse_values(values, eps(values.dtype))
         vectors = Kronecker(*(v for _, v in pairs))
         y = scale * (vectors.H @ b)
@@ -187,7 +187,7 @@ def _of_members(A: LinearOperator) -> Any:
             """Return gradients, computed in the coordinates of the eigenvectors."""
             found = []
             for k, (_, v) in enumerate(pairs):
-                weights = chains.outer([w * 0 + 1 if form.add or j == k else w for j, (w, _) in enumerate(pairs)])
+                weights = kronecker.outer([w * 0 + 1 if form.add or j == k else w for j, (w, _) in enumerate(pairs)])
                 mine, image, slopes = (_unfolded(xp, z, sizes, k) for z in (y, y * weights, scale * weights))
                 core = spectra.diagonal_matrices(q * slopes.sum(1)) - p * (mine @ _adjoint(xp, image))
                 found.append(v @ core @ _adjoint(xp, v))

@@ -33,7 +33,7 @@ from structlin._lapack import (
     seen,
     small_views,
 )
-from structlin.algebra import chains
+from structlin.algebra import kronecker
 from structlin.linalg._forms import Members, members
 from structlin.structures.diagonal import Diagonal
 from structlin.structures.kronecker import Kronecker
@@ -53,7 +53,7 @@ class Diagonalised:
 
 
 def _values(form: Members, values: list[Array]) -> Array:
-    return chains.outer(values, form.add) + form.shift
+    return kronecker.outer(values, form.add) + form.shift
 
 
 def _on_views(form: Members) -> Members:
@@ -177,7 +177,7 @@ def pair_inverse(A: LinearOperator) -> LinearOperator | None:
     reduced = [_reduced(m, c) for m, c in found]
     xp = lapack(reduced[0][0])
     spectral = [xp.eigh(core) for core, _ in reduced]
-    values = inverse_values(chains.outer([w for w, _ in spectral]) + 1, eps(A.dtype))
+    values = inverse_values(kronecker.outer([w for w, _ in spectral]) + 1, eps(A.dtype))
     half = Kronecker(*(xp.inv(low) for _, low in reduced))
     vectors = Kronecker(*(v for _, v in spectral))
     inner = vectors.H @ half  # one Kronecker product
@@ -190,7 +190,7 @@ def pair_slogdet(A: LinearOperator) -> Determinant | None:
         return None
     reduced = [_reduced(m, c) for m, c in found]
     xp = lapack(reduced[0][0])
-    values = chains.outer([xp.eigh(core)[0] for core, _ in reduced]) + 1
+    values = kronecker.outer([xp.eigh(core)[0] for core, _ in reduced]) + 1
     sign, log = determinant_of_numbers(values)
     sizes = [low.shape[0] for _, low in reduced]
     for (_, low), other in zip(reduced, reversed(sizes), strict=True):
