@@ -22,6 +22,9 @@ from structlin._lapack import eps, follows, is_known, known, lapack, nan_unless
 
 Numbers = Callable[[Array], Array]
 ROUNDOFF = 32  # times machine epsilon: the error of an entry that moves an eigenvalue as far as LAPACK may
+# Times machine epsilon and the largest eigenvalue: the error of a small eigenvalue of a Hermitian matrix. Kernels with
+# the condition 1e6 in single precision must stay regular.
+HERMITIAN_ROUNDOFF = 6
 
 
 @dataclass(frozen=True)
@@ -66,22 +69,26 @@ def decompose(matrices: Array, hermitian: bool) -> Decomposition | None:
     return Decomposition(matrices, values, vectors, inverse, followed)
 
 
-def uncertainty(found: Decomposition) -> Array:
+def uncertainty(found: Decomposition, hermitian: bool) -> Array:
     """Return how far roundoff in the entries of the matrices moves each eigenvalue, to first order.
 
     It is small for a small eigenvalue of a graded matrix, and large for nearly defective ones.
     """
     xp = lapack(found.vectors)
     error = ROUNDOFF * eps(found.matrices.dtype) * xp.abs(xp.stop_gradient(found.matrices)) + xp.abs(_residual(found))
-    return (xp.abs(found.inverse) * (error @ xp.abs(found.vectors)).swapaxes(-1, -2)).sum(-1)
+    radius = (xp.abs(found.inverse) * (error @ xp.abs(found.vectors)).swapaxes(-1, -2)).sum(-1)
+    if not hermitian:
+        return radius
+    bound = HERMITIAN_ROUNDOFF * eps(found.matrices.dtype) * xp.amax(xp.abs(found.values))[..., None]
+    return xp.where(radius < bound, radius, bound + 0 * radius)
 
 
 def with_values(found: Decomposition, values: Array, radius: Array) -> Decomposition | None:
     """Return the decomposition with eigenvalues that differ by at most ``radius``, their uncertainty.
 
-    None, or NaN for traced values, if this changes the matrices by more than roundoff: then an eigenvalue that now
-    repeats is defective. Also if an eigenvalue moves by more than a small part of the radius, which is a bound: then it
-    may well be another number.
+    None if this changes the matrices by more than roundoff: then an eigenvalue that now repeats is defective. Also if
+    an eigenvalue moves by more than a small part of the radius, which is a bound: then it may well be another number.
+    Traced values stay as they are in these cases, and :func:`is_determined` has to decide.
     """
     xp = lapack(values)
     moved = found.values - values
@@ -93,7 +100,7 @@ def with_values(found: Decomposition, values: Array, radius: Array) -> Decomposi
     good = (_largest(change) <= bound) & (xp.amax(xp.abs(moved) - radius / 8) <= 0)
     if is_known(values):
         return replace(found, values=values) if bool(good.all()) else None
-    return replace(found, values=values + nan_unless(good, values)[..., None])
+    return replace(found, values=xp.where(good[..., None], values, found.values))
 
 
 def _largest(matrices: Array) -> Array:

@@ -73,7 +73,7 @@ def _of_members(
         return f.on_spectrum(shifted(values), A)
 
     values = shifted(outer([p.values for p in parts], add))
-    radius = _radius(parts, add) + spectra.ROUNDOFF * eps(A.dtype) * abs(shift)
+    radius = _radius(parts, add, hermitian) + spectra.ROUNDOFF * eps(A.dtype) * abs(shift)
     settled = f.settled(values, radius)
     middle: Any = Diagonal(f.on_spectrum(settled, A))
     for k, part in enumerate(parts):
@@ -90,8 +90,8 @@ def _of_members(
     return _if(good & (xp.max(xp.abs(moved) - radius / 8) <= 0), made, change)
 
 
-def _radius(parts: Sequence[spectra.Decomposition], add: bool) -> Array:
-    radii = [spectra.uncertainty(p) for p in parts]
+def _radius(parts: Sequence[spectra.Decomposition], add: bool, hermitian: bool) -> Array:
+    radii = [spectra.uncertainty(p, hermitian) for p in parts]
     if add:
         return outer(radii, True)
     sizes = [abs(p.values) for p in parts]

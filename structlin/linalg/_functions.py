@@ -134,7 +134,7 @@ class Function:
         if A.isa(SelfAdjoint):
             found = spectra.decompose((matrices + xp.conj(matrices).swapaxes(-1, -2)) / 2, True)
             assert found is not None
-            values = self.settled(found.values, spectra.uncertainty(found))
+            values = self.settled(found.values, spectra.uncertainty(found, True))
             return spectra.of_matrices(replace(found, values=values), lambda x: self.on_spectrum(x, A))
         if self.matrix is not None:
             return self.matrix(matrices)
@@ -152,7 +152,7 @@ class Function:
         """Return f of matrices; None, or NaN for traced values, if eigenvectors do not determine it."""
         found = spectra.decompose(matrices, False)
         if found is not None and self.kink is not None:
-            radius = spectra.uncertainty(found)
+            radius = spectra.uncertainty(found, False)
             found = spectra.with_values(found, self.settled(found.values, radius), radius)
         if found is None:
             return None

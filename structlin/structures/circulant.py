@@ -120,7 +120,7 @@ class CirculantStructure(SquareStructure):
         xp = lapack(column)
         real = not xp.is_complex(column) and (f.real or A.isa(PSD))
         values = (xp.rfft if real else xp.fft)(column, n, 0)
-        radius = spectra.ROUNDOFF * eps(column.dtype) * abs(xp.stop_gradient(column)).sum()
+        radius = spectra.HERMITIAN_ROUNDOFF * eps(column.dtype) * abs(xp.stop_gradient(column)).sum()
         found = f.on_spectrum(f.settled(values, radius), A) + 0j
         return Answer(Circulant((xp.irfft if real else xp.ifft)(found, n, 0)))
 
