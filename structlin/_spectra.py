@@ -79,8 +79,14 @@ def uncertainty(found: Decomposition, hermitian: bool) -> Array:
     radius = (xp.abs(found.inverse) * (error @ xp.abs(found.vectors)).swapaxes(-1, -2)).sum(-1)
     if not hermitian:
         return radius
-    bound = HERMITIAN_ROUNDOFF * eps(found.matrices.dtype) * xp.amax(xp.abs(found.values))[..., None]
+    bound = hermitian_bound(found)
     return xp.where(radius < bound, radius, bound + 0 * radius)
+
+
+def hermitian_bound(found: Decomposition) -> Array:
+    """Return an upper bound of the uncertainty of the eigenvalues of Hermitian matrices, of shape (..., 1)."""
+    size = lapack(found.values).amax(abs(found.values))
+    return HERMITIAN_ROUNDOFF * eps(found.matrices.dtype) * size[..., None]
 
 
 def with_values(found: Decomposition, values: Array, radius: Array) -> Decomposition | None:
