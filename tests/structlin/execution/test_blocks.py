@@ -130,7 +130,8 @@ MLPS = [
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("case", MLPS, ids=lambda case: f"{case[0].__name__}-{case[3]}-{case[5]}-{case[6]}")
 @pytest.mark.parametrize("kind", ["0", "0kept"])
-def test_mlp(case: Any, dtype: torch.dtype, kind: str) -> None:
+@pytest.mark.parametrize("half", [False, True], ids=["whole", "half"])
+def test_mlp(case: Any, dtype: torch.dtype, half: bool, kind: str) -> None:
     make, d, hidden, norm, affine, activation, gated, bias, residual, tokens, threads = case
     first = [make(d, hidden)] * (1 + gated)
     block = block_of(
@@ -140,6 +141,9 @@ def test_mlp(case: Any, dtype: torch.dtype, kind: str) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
+        if half:
+            assert block.half is not None
+            block = block.half
         check(block, tokens, dtype, kind)
     finally:
         torch.set_num_threads(before)
@@ -152,6 +156,34 @@ def test_projections_of_one_input(dtype: torch.dtype) -> None:
     check(block_of(first, None, biases=(True, False, True), norm="layer", affine=(True, True)), 37, dtype)
     check(block_of(first[:1], None, norm="rms", affine=(True, False)), 37, dtype)
     check(block_of(first[1:], None, biases=(False, True)), 3, dtype)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+def test_a_pass_up_to_the_hidden_features(gated: bool, train: bool) -> None:
+    """Then the second layer by its own way. Only the derivatives, or the outputs of two layers, are stored."""
+    block = block_of([btt(24, 40)] * (1 + gated), btt(40, 24), norm="rms", affine=(True, False), residual=True)
+    operands = [None if t is None else t.requires_grad_(train) for t in operands_of(block, torch.float64)]
+    x, saved = torch.randn(9, 24, dtype=torch.float64, requires_grad=train), []
+
+    def pack(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        (y,) = block.by_pass("half", x, operands, train)
+    (expected,) = block.layers(x, operands, by_products)
+    torch.testing.assert_close(y, expected)
+    if not train:
+        return
+    given = {t.data_ptr() for t in (x, *operands) if t is not None}
+    own = {t.data_ptr(): t.shape for t in saved if t.data_ptr() not in given}
+    assert list(own.values()).count(torch.Size([9, 40])) == 1 + gated  # the second layer saves a view with more axes
+    wanted = [t for t in (x, *operands) if t is not None]
+    gy = torch.randn_like(y)
+    first, second = (torch.autograd.grad(out, wanted, gy, create_graph=True) for out in (y, expected))
+    torch.testing.assert_close(first, second)
+    torch.testing.assert_close(*(torch.autograd.grad(sum(g.sum() for g in one), x)[0] for one in (first, second)))
 
 
 @pytest.mark.parametrize("size", ["2", "16", "48", "16kept"])
