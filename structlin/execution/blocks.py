@@ -98,7 +98,7 @@ class TorchBlock:
         target = tiled_host() if TILES in kind else host()
         if target is None or dtype not in NAMES or not all(s.steps for s in self.structures):
             return None
-        if kind == HALF:
+        if kind.startswith(HALF):
             return None if self.half is None else self.half.program(dtype)
         if (TILES in kind and dtype is not torch.bfloat16) or (KEPT in kind and self.activation is None):
             return None
@@ -171,19 +171,21 @@ class TorchBlock:
 
     def by_pass(self, kind: str, x: Tensor, operands: Sequence[Tensor | None], train: bool) -> tuple[Tensor, ...]:
         """Return the outputs by one pass, or by one for the first half of an MLP and another for its second layer."""
-        if kind == HALF:
-            return self._by_halves(x, operands, train)
+        if kind.startswith(HALF):
+            return self._by_halves(kind, x, operands, train)
         if train:
             found = _Differentiable.apply(self, kind, x, *operands)
             return found if isinstance(found, tuple) else (found,)
         return self.run(x, operands, kind)
 
-    def _by_halves(self, x: Tensor, operands: Sequence[Tensor | None], train: bool) -> tuple[Tensor, ...]:
+    def _by_halves(
+        self, kind: str, x: Tensor, operands: Sequence[Tensor | None], train: bool
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         half, (weight, shift, *rest) = self.half, operands
         assert half is not None
         *of, (second, bias, factors) = self._by_structure(rest)
         first = [weight, shift, *(b for _, b, _ in of), *(f for _, _, fs in of for f in fs)]
-        (h,) = half.by_pass(AUTO + KEPT, x, first, train)
+        (h,) = half.by_pass(AUTO + kind.removeprefix(HALF), x, first, train)
         y = torch_chain(second)(h, factors, bias)
         return (y + x,) if self.residual else (y,)
 
@@ -300,8 +302,8 @@ SEPARATE = "separate"
 TILES = "tiles"  # by tiles, in bfloat16 on processors with AMX
 AUTO = "0"
 # Of passes to be timed: by tokens of a block (0: as many as the caches suggest), or by tiles.
-HALF = "half"  # of an MLP: a pass up to the hidden features, which stores the derivatives; then the second layer
-KINDS = (AUTO, "16", "48", TILES, "0kept", "16kept", "tileskept", HALF)
+HALF = "half"  # of an MLP: a pass up to the hidden features, which may store the derivatives; then the second layer
+KINDS = (AUTO, "16", "48", TILES, HALF, "0kept", "16kept", "tileskept", "halfkept")
 BUDGET = 0.6  # seconds (:func:`.race.race`)
 # Ways that run a layer as one compiled pass.
 _WHOLE = {"compiled", "compiled-16", "compiled-48", "compiled-tiles", "compiled-tiles-64"}
@@ -407,8 +409,7 @@ class BlockProblem:
         """Return those of :data:`KINDS` that can run; only a training step stores activations."""
         dtype = getattr(torch, self.dtype)
         keeps = self.train and KEPT not in choice.policy_of(choice.policy_text()).without
-        stores = {k for k in KINDS if KEPT in k or (k == HALF and self.train)}
-        return [k for k in KINDS if (keeps or k not in stores) and self.block.program(dtype, k) is not None]
+        return [k for k in KINDS if (keeps or KEPT not in k) and self.block.program(dtype, k) is not None]
 
     def _problems(self) -> list[choice.Problem]:
         """Return the problem of each layer."""
@@ -426,7 +427,7 @@ class BlockProblem:
         for problem in self._problems():
             way = choice.way_of(problem)
             if way.name not in _WHOLE:  # backward by the BLAS, or in slices, say
-                return f"block-{HALF}" if len(kinds) == len(self.block.first) and HALF in self.kinds() else SEPARATE
+                return self._half if len(kinds) == len(self.block.first) else SEPARATE
             kinds.append(TILES if way.name.startswith("compiled-tiles") else AUTO)
         # The best number of tokens of a layer does not apply, because a block has more activations in cache.
         kind = max(set(kinds), key=kinds.count)
@@ -443,8 +444,12 @@ class BlockProblem:
         seconds = sum(choice.way_of(problem).seconds(problem) for problem in self._problems())
         if name == SEPARATE or seconds < choice.WORTH:
             return []
-        half = [f"block-{HALF}"] if HALF in self.kinds() else []
-        return [*dict.fromkeys((name, name.removesuffix(KEPT), *half, SEPARATE))]
+        return [*dict.fromkeys((name, name.removesuffix(KEPT), self._half, SEPARATE))]
+
+    @property
+    def _half(self) -> str:
+        """The pass for the first half of an MLP, with stored derivatives if these are allowed."""
+        return next((f"block-{k}" for k in (HALF + KEPT, HALF) if k in self.kinds()), SEPARATE)
 
     def measure(self, names: list[str] | None = None, budget: float = BUDGET) -> dict[str, float]:
         """Return the seconds of alternatives, by default of all."""
