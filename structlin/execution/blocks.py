@@ -406,10 +406,14 @@ class BlockProblem:
         return SEPARATE
 
     def kinds(self) -> list[str]:
-        """Return those of :data:`KINDS` that can run; only a training step stores activations."""
+        """Return those of :data:`KINDS` that can run; only a training step stores activations.
+
+        The second layer of a half stores its input for a training step, so that is one with ``kept``.
+        """
         dtype = getattr(torch, self.dtype)
         keeps = self.train and KEPT not in choice.policy_of(choice.policy_text()).without
-        return [k for k in KINDS if (keeps or KEPT not in k) and self.block.program(dtype, k) is not None]
+        able = [k for k in KINDS if (keeps or KEPT not in k) and not (self.train and k == HALF)]
+        return [k for k in able if self.block.program(dtype, k) is not None]
 
     def _problems(self) -> list[choice.Problem]:
         """Return the problem of each layer."""

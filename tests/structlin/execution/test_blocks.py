@@ -418,7 +418,7 @@ def test_choices_without_stored_activations() -> None:
     """`-kept` excludes them from timings and pins; timings without them do not decide for other policies."""
     block = block_of([btt(24, 40)], btt(40, 24))
     problem = BlockProblem(block, "float32", 64, torch.get_num_threads(), True)
-    times = {"separate": 3.0, "block-0": 2.0, "block-16": 2.5, "block-half": 2.2}
+    times = {"separate": 3.0, "block-0": 2.0, "block-16": 2.5}
     wisdom.write(problem.key, times | {"block-0kept": 1.0, "block-halfkept": 1.5})
     choice.forget()
     with execution.using("measure"):
@@ -437,7 +437,18 @@ def test_choices_without_stored_activations() -> None:
     choice.forget()
     with execution.using("measure"):
         choice.settle(problem)
-    assert "block-0kept" in choice.timings_of(problem.key)
+    assert {"block-0kept", "block-halfkept"} <= set(choice.timings_of(problem.key))
+    choice.pin({problem.key: "block-halfkept"})
+    try:
+        with execution.using("measure,-kept"):
+            choice.settle(problem)
+            assert block._kind(torch.randn(64, 24), True) is None  # layer after layer
+        with execution.using("measure"):
+            assert block._kind(torch.randn(64, 24), True) == "halfkept"
+    finally:
+        choice._pinned.clear()
+        choice.forget()
+    assert "half" in BlockProblem(block, "float32", 64, 1, False).kinds()
 
 
 @pytest.mark.usefixtures("cache")
@@ -462,7 +473,7 @@ def test_measuring_times_all_answers() -> None:
     operands, x = operands_of(block, torch.float32), torch.randn(50, 24, requires_grad=True)
     found = tuning.tune(lambda: block(x, operands), progress=False)
     (key,) = [key for key in found if key.startswith("block")]
-    kinds = {"0", "16", "48", "half", "0kept", "16kept", "halfkept"}
+    kinds = {"0", "16", "48", "0kept", "16kept", "halfkept"}
     assert set(found[key]) == {"separate", *(f"block-{kind}" for kind in kinds)}
     assert all(0 < seconds < 10 for seconds in found[key].values())
 
