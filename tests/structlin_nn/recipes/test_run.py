@@ -518,7 +518,7 @@ def start(out: Path, more: str) -> "subprocess.Popen[str]":
 
 def wait_for(folder: Path, process: "subprocess.Popen[str]", after: int = -1) -> None:
     """Wait until a run has the checkpoint of a step after this one."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     try:
         while int((checkpoints(folder) or ["-1"])[-1]) <= after:
             assert time.monotonic() < deadline, "no checkpoint"
