@@ -99,7 +99,7 @@ class TorchBlock:
         if target is None or dtype not in NAMES or not all(s.steps for s in self.structures):
             return None
         if kind.startswith(HALF):
-            return None if self.half is None else self.half.program(dtype)
+            return None if self.half is None or self.half in _failed else self.half.program(dtype)
         if (TILES in kind and dtype is not torch.bfloat16) or (KEPT in kind and self.activation is None):
             return None
         block = kind.removesuffix(KEPT)
@@ -425,13 +425,13 @@ class BlockProblem:
     def estimate(self) -> str:
         """Return one pass if each layer would run as a compiled pass, because the operations between then cost less.
 
-        If all but the second layer of an MLP would, one for its first half.
+        If all but the second layer of an MLP would, one for its first half, which has no products by tiles.
         """
         kinds: list[str] = []
         for problem in self._problems():
             way = choice.way_of(problem)
             if way.name not in _WHOLE:  # backward by the BLAS, or in slices, say
-                return self._half if len(kinds) == len(self.block.first) else SEPARATE
+                return self._half if kinds == [AUTO] * len(self.block.first) else SEPARATE
             kinds.append(TILES if way.name.startswith("compiled-tiles") else AUTO)
         # The best number of tokens of a layer does not apply, because a block has more activations in cache.
         kind = max(set(kinds), key=kinds.count)
@@ -448,7 +448,8 @@ class BlockProblem:
         seconds = sum(choice.way_of(problem).seconds(problem) for problem in self._problems())
         if name == SEPARATE or seconds < choice.WORTH:
             return []
-        return [*dict.fromkeys((name, name.removesuffix(KEPT), self._half, SEPARATE))]
+        able = {SEPARATE, *(f"block-{kind}" for kind in self.kinds())}
+        return [one for one in dict.fromkeys((name, name.removesuffix(KEPT), self._half, SEPARATE)) if one in able]
 
     @property
     def _half(self) -> str:

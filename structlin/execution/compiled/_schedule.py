@@ -32,7 +32,7 @@ class Operation:
     Of a ``paired`` product the factor is in bfloat16, and if it is read in vectors further in pairs:
     ``(..., k, n)`` is stored as ``(..., k / 2, n, 2)``. ``reads``: the form of the activation, plain, half (in
     bfloat16), or zipped by the operation that writes it along its axis ``zips``; where it comes from outside, when it
-    is copied, along the axis ``enters``. ``turn``: it reads a copy of that, by tiles.
+    is copied, along the axis ``enters``. ``turn``: it reads a copy of that.
     """
 
     product: Product

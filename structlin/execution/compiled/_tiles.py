@@ -95,7 +95,7 @@ def _tile_cost(product: Product, how: Tiling) -> float:
 class Turn:
     """A copy of each row of an activation.
 
-    Its pairs ``(outer, middle, inner, unit)`` become ``(inner, middle, outer, unit)``.
+    Its pairs, or numbers, ``(outer, middle, inner, unit)`` become ``(inner, middle, outer, unit)``.
     """
 
     outer: int

@@ -373,6 +373,40 @@ def test_the_estimate_keeps_the_instructions_of_the_layers(monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("train", [False, True])
+def test_a_half_is_timed_if_only_the_first_layer_is_compiled(monkeypatch: pytest.MonkeyPatch, train: bool) -> None:
+    """Only beside passes that can run; layers by tiles are not replaced by a half, which has none."""
+    block = block_of([btt(24, 40)], btt(40, 24))
+    problem = BlockProblem(block, "float32", 64, torch.get_num_threads(), train)
+    ways = {way.name: way for way in choice.ways("torch")}
+    first = "compiled"
+    monkeypatch.setattr(choice, "WORTH", 0.0)
+    monkeypatch.setattr(choice, "way_of", lambda p: ways[first if p.structure == block.first[0] else "products"])
+    half = "block-halfkept" if train else "block-half"
+    assert problem.close() == [half, "separate"]
+    assert set(problem.measure(problem.close(), 0.01)) == {half, "separate"}
+    first = "compiled-tiles"
+    assert problem.estimate() == "separate"
+
+
+def test_a_half_whose_backward_pass_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = TorchBlock((btt(24, 44),), btt(44, 24), "gelu", (True, True))
+    operands, x = operands_of(block, torch.float64), torch.randn(9, 24, dtype=torch.float64, requires_grad=True)
+
+    def fail(*_: object) -> None:
+        raise CompileError("no such instruction")
+
+    monkeypatch.setattr(TorchBlock, "backward", fail)
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        (y,) = block.by_pass("halfkept", x, operands, True)
+        found = torch.autograd.grad(y.sum(), x)
+    expected = torch.autograd.grad(block.layers(x, operands, by_products)[0].sum(), x)
+    torch.testing.assert_close(found, expected)
+    assert "halfkept" not in BlockProblem(block, "float64", 9, 1, True).kinds()
+
+
+@pytest.mark.usefixtures("cache")
 def test_timings_are_apart_from_the_call_that_needs_them() -> None:
     """Hooks on saved tensors do not see them, and autocast does not apply."""
     block = block_of([btt(24, 40)], btt(40, 24))
