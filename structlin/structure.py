@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -259,7 +259,7 @@ class Structure(AbstractStructure):
         bound, start = min(self.d_in, self.d_out), 0
         for stop in range(1, len(self.steps) + 1):
             if stop == len(self.steps) or self.steps[stop].input != self.steps[stop - 1].output:
-                bound = min(bound, _cheapest_cut(self.steps[start:stop], dict(self.sizes)))
+                bound = min(bound, _cheapest_cut(self.steps[start:stop], self.sizes))
                 start = stop
         return bound
 
@@ -348,12 +348,14 @@ class Structure(AbstractStructure):
         return Structure, (self.steps, self.sizes, self.d_in, self.d_out)
 
 
-def _cheapest_cut(steps: Sequence[Step], sizes: Mapping[str, int]) -> int:
+@lru_cache(maxsize=1024)  # layers of a model, and widths that are tried for one, have equal structures
+def _cheapest_cut(steps: tuple[Step, ...], named_sizes: tuple[tuple[str, int], ...]) -> int:
     """Return the smallest cut of steps without regrouping: the product of the sizes of axes that touch both sides.
 
     The first node of the network is the input, the last one the output, those between them are the factors. An axis
     touches two or more nodes. It becomes an arc between two further nodes, whose capacity limits the flow through it.
     """
+    sizes = dict(named_sizes)
     places = [steps[0].input, *(s.factor for s in steps), steps[-1].output]
     axes = [a for a in dict.fromkeys("".join(places)) if sizes[a] > 1]
     touched = [[n for n, place in enumerate(places) if a in place] for a in axes]

@@ -20,6 +20,8 @@ def needed(name: str, what: str, extra: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(f"{what}: pip install 'structlin[{extra}]' ({error})") from error
+    except (OSError, RuntimeError) as error:  # torchvision's, beside a torch of another build
+        raise ImportError(f"{what}, and {name} cannot be imported beside this torch ({error})") from error
 
 
 def after_import(name: str, own: str) -> None:

@@ -14,9 +14,21 @@ jax.config.update("jax_enable_x64", True)
 
 _OWN = "STRUCTLIN_CACHE" not in os.environ
 
+# XLA compiles in half the time, and results differ by roundoff alone. Nearly every program of the tests runs once.
+_COMPILE_QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep rates and timings of ways in a folder of this run, which all its processes share, and not in the user's."""
+    """Keep rates and timings of ways in a folder of this run, which all its processes share, and not in the user's.
+
+    Without the slow tests, XLA compiles quickly, also in processes that tests start; with them, as it does for users.
+    Where xdist starts workers, libraries use one thread in each, as in .ci/run: more would wait for one another.
+    """
+    if getattr(config.option, "numprocesses", None):
+        for library in ("OMP", "MKL", "OPENBLAS"):
+            os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+    if "not slow" in config.option.markexpr:
+        os.environ.setdefault("XLA_FLAGS", _COMPILE_QUICKLY)  # read when jax first asks for its devices
     if _OWN:
         run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
         os.environ["STRUCTLIN_CACHE"] = str(Path(tempfile.gettempdir()) / f"structlin-tests-{run}")

@@ -239,6 +239,9 @@ class TestRequirements:
         assert eager == {(paths[name].as_posix(), library) for name, library in modules.items()}
         code = f"import sys, structlin; sys.exit(any(name in sys.modules for name in {list(modules)}))"
         subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+        # torch's compiler takes seconds to import.
+        code = 'import sys, structlin_nn.torch; sys.exit("torch._dynamo" in sys.modules)'
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def imports(source: Path) -> Iterator[tuple[str, bool]]:

@@ -86,12 +86,21 @@ class TorchBlock:
             first, second, self.activation, self.biases, self.norm, self.eps, self.affine, self.residual
         )  # fmt: skip
 
+    @cached_property
+    def half(self) -> TorchBlock | None:
+        """The block up to the hidden features of an MLP."""
+        if self.second is None:
+            return None
+        return torch_block(self.first, None, self.activation, self.biases[:-1], self.norm, self.eps, self.affine)
+
     def program(self, dtype: torch.dtype, kind: str = "0") -> BlockProgram | None:
         """Return the compiled pass of a kind (one of :data:`KINDS`); None if it cannot be compiled for this dtype."""
         target = tiled_host() if TILES in kind else host()
         if target is None or dtype not in NAMES or not all(s.steps for s in self.structures):
             return None
-        if (TILES in kind and dtype is not torch.bfloat16) or (KEPT in kind and self.second is None):
+        if kind.startswith(HALF):
+            return None if self.half is None or self.half in _failed else self.half.program(dtype)
+        if (TILES in kind and dtype is not torch.bfloat16) or (KEPT in kind and self.activation is None):
             return None
         block = kind.removesuffix(KEPT)
         return make_block(self._spec, NAMES[dtype], target, int(block) if block.isdecimal() else None)
@@ -111,13 +120,19 @@ class TorchBlock:
         found: list[Tensor] = []
         for number, (structure, bias, factors) in enumerate(self._by_structure(rest)):
             if number == len(self.first):
-                assert self.activation is not None
-                h = _FUNCTIONS[self.activation](found[0])
-                for other in found[1:]:
-                    h = h * other
-                found = []
+                h, found = self._features(found), []
             found.append(run(structure, h, factors, bias))
+        if self.second is None and self.activation is not None:
+            return (self._features(found),)
         return (found[0] + x,) if self.residual else tuple(found)
+
+    def _features(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Return the hidden features, from the outputs of the first layers."""
+        assert self.activation is not None
+        h = _FUNCTIONS[self.activation](outputs[0])
+        for other in outputs[1:]:
+            h = h * other
+        return h
 
     def _by_structure(
         self, operands: Sequence[Tensor | None]
@@ -149,13 +164,30 @@ class TorchBlock:
         if kind is None:
             return None
         try:
-            if train:
-                found = _Differentiable.apply(self, kind, x, *operands)
-                return found if isinstance(found, tuple) else (found,)
-            return self.run(x, operands, kind)
+            return self.by_pass(kind, x, operands, train)
         except CompileError as error:
             self._failed(error)
             return None
+
+    def by_pass(self, kind: str, x: Tensor, operands: Sequence[Tensor | None], train: bool) -> tuple[Tensor, ...]:
+        """Return the outputs by one pass, or by one for the first half of an MLP and another for its second layer."""
+        if kind.startswith(HALF):
+            return self._by_halves(kind, x, operands, train)
+        if train:
+            found = _Differentiable.apply(self, kind, x, *operands)
+            return found if isinstance(found, tuple) else (found,)
+        return self.run(x, operands, kind)
+
+    def _by_halves(
+        self, kind: str, x: Tensor, operands: Sequence[Tensor | None], train: bool
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        half, (weight, shift, *rest) = self.half, operands
+        assert half is not None
+        *of, (second, bias, factors) = self._by_structure(rest)
+        first = [weight, shift, *(b for _, b, _ in of), *(f for _, _, fs in of for f in fs)]
+        (h,) = half.by_pass(AUTO + kind.removeprefix(HALF), x, first, train)
+        y = torch_chain(second)(h, factors, bias)
+        return (y + x,) if self.residual else (y,)
 
     def _failed(self, error: CompileError) -> None:
         """Run layer after layer from now on, because the compiler has failed."""
@@ -270,7 +302,8 @@ SEPARATE = "separate"
 TILES = "tiles"  # by tiles, in bfloat16 on processors with AMX
 AUTO = "0"
 # Of passes to be timed: by tokens of a block (0: as many as the caches suggest), or by tiles.
-KINDS = (AUTO, "16", "48", TILES, "0kept", "16kept", "tileskept")
+HALF = "half"  # of an MLP: a pass up to the hidden features, which may store the derivatives; then the second layer
+KINDS = (AUTO, "16", "48", TILES, HALF, "0kept", "16kept", "tileskept", "halfkept")
 BUDGET = 0.6  # seconds (:func:`.race.race`)
 # Ways that run a layer as one compiled pass.
 _WHOLE = {"compiled", "compiled-16", "compiled-48", "compiled-tiles", "compiled-tiles-64"}
@@ -373,10 +406,14 @@ class BlockProblem:
         return SEPARATE
 
     def kinds(self) -> list[str]:
-        """Return those of :data:`KINDS` that can run; only a training step stores activations."""
+        """Return those of :data:`KINDS` that can run; only a training step stores activations.
+
+        The second layer of a half stores its input for a training step, so that is one with ``kept``.
+        """
         dtype = getattr(torch, self.dtype)
         keeps = self.train and KEPT not in choice.policy_of(choice.policy_text()).without
-        return [k for k in KINDS if (keeps or KEPT not in k) and self.block.program(dtype, k) is not None]
+        able = [k for k in KINDS if (keeps or KEPT not in k) and not (self.train and k == HALF)]
+        return [k for k in able if self.block.program(dtype, k) is not None]
 
     def _problems(self) -> list[choice.Problem]:
         """Return the problem of each layer."""
@@ -386,12 +423,15 @@ class BlockProblem:
         ]
 
     def estimate(self) -> str:
-        """Return one pass if each layer would run as a compiled pass, because the operations between then cost less."""
-        kinds = []
+        """Return one pass if each layer would run as a compiled pass, because the operations between then cost less.
+
+        If all but the second layer of an MLP would, one for its first half, which has no products by tiles.
+        """
+        kinds: list[str] = []
         for problem in self._problems():
             way = choice.way_of(problem)
             if way.name not in _WHOLE:  # backward by the BLAS, or in slices, say
-                return SEPARATE
+                return self._half if kinds == [AUTO] * len(self.block.first) else SEPARATE
             kinds.append(TILES if way.name.startswith("compiled-tiles") else AUTO)
         # The best number of tokens of a layer does not apply, because a block has more activations in cache.
         kind = max(set(kinds), key=kinds.count)
@@ -402,13 +442,19 @@ class BlockProblem:
     def close(self) -> list[str]:
         """Return one pass and layer after layer, if the estimate is one pass and a call is not too short to time.
 
-        A pass that stores activations is compared with the one that computes them again, too.
+        A pass that stores activations is compared with the one that computes them again and that of a half, too.
         """
         name = self.estimate()
         seconds = sum(choice.way_of(problem).seconds(problem) for problem in self._problems())
         if name == SEPARATE or seconds < choice.WORTH:
             return []
-        return [*dict.fromkeys((name, name.removesuffix(KEPT), SEPARATE))]
+        able = {SEPARATE, *(f"block-{kind}" for kind in self.kinds())}
+        return [one for one in dict.fromkeys((name, name.removesuffix(KEPT), self._half, SEPARATE)) if one in able]
+
+    @property
+    def _half(self) -> str:
+        """The pass for the first half of an MLP, with stored derivatives if these are allowed."""
+        return next((f"block-{k}" for k in (HALF + KEPT, HALF) if k in self.kinds()), SEPARATE)
 
     def measure(self, names: list[str] | None = None, budget: float = BUDGET) -> dict[str, float]:
         """Return the seconds of alternatives, by default of all."""
@@ -429,8 +475,7 @@ class BlockProblem:
             return block.layers(x, operands, lambda s, h, factors, bias: torch_chain(s)(h, factors, bias))
 
         def fused(which: str) -> tuple[Tensor, ...]:
-            found = _Differentiable.apply(block, which, x, *operands) if self.train else block.run(x, operands, which)
-            return found if isinstance(found, tuple) else (found,)
+            return block.by_pass(which, x, operands, self.train)
 
         wanted = [t for t in (x, *operands) if t is not None]
 

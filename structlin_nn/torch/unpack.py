@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -75,6 +76,7 @@ class ExpertLayers(_Unpacked):
 
     def __init__(self, packed: nn.Module) -> None:
         super().__init__(packed)
+        _exclude_from_graphs()
         self._kind: Any = type(packed)
         for name, value in vars(packed).items():
             if not name.startswith("_") and name not in vars(self):
@@ -98,7 +100,10 @@ class ExpertLayers(_Unpacked):
                 values[f"{name}_bias"] = layer.bias
         return self._filled(values)
 
-    @torch.compiler.disable  # the sizes of the groups differ from call to call
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _exclude_from_graphs()
+        super().__setstate__(state)
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Apply the experts to (tokens, features); indices and weights of the experts have shape (tokens, k)."""
         chosen = top_k_index.flatten()
@@ -119,6 +124,15 @@ class ExpertLayers(_Unpacked):
             return [len(chosen) // self.num_experts + (e < len(chosen) % self.num_experts)
                     for e in range(self.num_experts)]  # fmt: skip
         return chosen.bincount(minlength=self.num_experts)[: self.num_experts].tolist()
+
+
+@cache
+def _exclude_from_graphs() -> None:
+    """Exclude experts from torch.compile, because the sizes of the groups differ from call to call.
+
+    This is done with the first module, because it imports the compiler, which takes seconds.
+    """
+    ExpertLayers.forward = torch.compiler.disable(ExpertLayers.forward)  # type: ignore[method-assign]
 
 
 class Attention(_Unpacked):

@@ -212,10 +212,11 @@ def test_chains_in_colas_operators(name, backend):
         theirs = interop.to_cola(A)
         assert not isinstance(theirs, structlin.StructuredOperator)
         assert theirs.xnp is A.xnp
-        x = structlin._arrays.to_backend(np.random.default_rng(0).standard_normal((A.shape[1], 2)), backend)
-        np.testing.assert_allclose(matrix(theirs), matrix(A), atol=1e-13)
-        np.testing.assert_allclose(to_numpy(theirs @ x), to_numpy(A @ x), atol=1e-13)
-        np.testing.assert_allclose(to_numpy(x.T @ theirs.T), to_numpy(x.T @ A.T), atol=1e-13)
+        a, x = dense_matrix(A.structure, A.factors), np.random.default_rng(0).standard_normal((A.shape[1], 2))
+        columns, rows = (structlin._arrays.to_backend(v, backend) for v in (x, x.T))
+        np.testing.assert_allclose(matrix(theirs), a, atol=1e-13)
+        np.testing.assert_allclose(to_numpy(theirs @ columns), a @ x, atol=1e-13)
+        np.testing.assert_allclose(to_numpy(rows @ theirs.T), x.T @ a.T, atol=1e-13)
 
 
 @pytest.mark.parametrize("seed", range(30))

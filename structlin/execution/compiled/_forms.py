@@ -18,7 +18,8 @@ class Forms:
 
     ``plain``: in the type that is computed in. In bfloat16: ``half``, ``zipped`` along an axis, and with the numbers of
     two ``tokens`` side by side. ``kept``: by the forward pass, only to be copied. For products by tiles there are
-    copies of a "turned state" or a "turned flow": ``turned`` (:class:`._tiles.Turn`), and with the tokens ``last``.
+    copies of a "turned state" or a "turned flow": ``turned`` (:class:`._tiles.Turn`), and with the tokens ``last``; for
+    other products ``exchanged`` (:mod:`._turns`).
 
     Arrays that are not needed at the same time share memory. ``now`` is the number of the product to which the next
     calls of :meth:`read` and :meth:`write` belong; None if it is unknown.
@@ -26,7 +27,7 @@ class Forms:
 
     def __init__(self, inside: str, rows: Sequence[int]) -> None:
         self.elements = {"plain": inside, "half": "bfloat", "zipped": "i32", "tokens": "i32", "kept": ""}
-        self.elements |= {"turned": "i32", "last": "i32"}
+        self.elements |= {"turned": "i32", "last": "i32", "exchanged": inside}
         self.rows = rows
         self._keys: list[Key] = []
         self.now: int | None = None
@@ -44,7 +45,7 @@ class Forms:
     def read_by(self, operation: Operation, kind: str, number: int) -> None:
         self.read(kind, number, operation.reads)
         if operation.turn is not None:
-            self.read(f"turned {kind}", number, "turned")
+            self.read(f"turned {kind}", number, operation.copied)
 
     def write(self, kind: str, number: int) -> None:
         """Record that all forms of an activation are written now."""
@@ -85,7 +86,7 @@ class Forms:
 
     def bytes(self, outside: Collection[Key]) -> int:
         """Return the most bytes of a token that are in use in scratch memory at the same time."""
-        number = {"plain": BYTES[self.elements["plain"]]}
+        number = dict.fromkeys(("plain", "exchanged"), BYTES[self.elements["plain"]])
         used = {
             k: self.rows[k[1]] * number.get(k[2], BYTES["bfloat"]) for k in self._keys if k not in outside
         }  # fmt: skip

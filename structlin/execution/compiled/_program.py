@@ -395,10 +395,15 @@ class Program:
                 pairs, ends = self.gradient_in_pairs(k), (("flow", k + 1), ("state", k))
                 flow, state = (at(forms.one(arrays, *end, "tokens" if pairs else "plain")) for end in ends)
                 count = emitter.code.value(f"lshr i64 {emitter.even}, 1") if pairs else emitter.tokens
-                product = self.schedule.gradients[k].product
+                operation = self.schedule.gradients[k]
+                product = operation.product
+                if operation.turn is not None:
+                    kind, number = self._copied_for_gradient(k)
+                    copy = writer.source(emitter, at, forms, arrays, operation, kind, number, count)
+                    flow, state = (flow, copy) if product.swapped else (copy, state)
                 if self._gradient_by_tiles(k):
-                    kind, number = self._turned_for_gradient(k)
-                    last_tokens = at(forms.one(arrays, kind, number, "last"))
+                    kind, number = self._copied_for_gradient(k)
+                    last_tokens = at(forms.one(arrays, f"turned {kind}", number, "last"))
                     source = state if product.swapped else flow
                     tiles.turn_tokens(emitter, source, rows[number], widths[number], last_tokens)
                     flow, state = (flow, last_tokens) if product.swapped else (last_tokens, state)
@@ -456,8 +461,11 @@ class Program:
                 form = "tokens" if self.gradient_in_pairs(k) else "plain"
                 forms.read("state", k, form)
                 forms.read("flow", k + 1, form)
+                if schedule.gradients[k].turn is not None:
+                    forms.read_by(schedule.gradients[k], *self._copied_for_gradient(k))
                 if self._gradient_by_tiles(k):
-                    forms.read(*self._turned_for_gradient(k), "last")
+                    kind, number = self._copied_for_gradient(k)
+                    forms.read(f"turned {kind}", number, "last")
             if k in passed:
                 forms.now = self.when("back", k)
                 forms.read_by(schedule.back[k], "flow", k + 1)
@@ -517,12 +525,12 @@ class Program:
         """Whether to transpose an activation or its gradient, so that tiles can compute the gradient of factor k."""
         if not self.tiles or not self.gradient_in_pairs(k):
             return False
-        width = self.schedule.widths[self._turned_for_gradient(k)[1]]
+        width = self.schedule.widths[self._copied_for_gradient(k)[1]]
         return tiles.tiles_pay(self.schedule.gradients[k].product, width, self.target, self.inside)
 
-    def _turned_for_gradient(self, k: int) -> tuple[str, int]:
+    def _copied_for_gradient(self, k: int) -> tuple[str, int]:
         """Return kind and number of the activation, or of its gradient, that is read number by number."""
-        return ("turned state", k) if self.schedule.gradients[k].product.swapped else ("turned flow", k + 1)
+        return ("state", k) if self.schedule.gradients[k].product.swapped else ("flow", k + 1)
 
 
 def _nothing(*_: object) -> None:

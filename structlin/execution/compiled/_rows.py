@@ -95,6 +95,22 @@ class Rows:
 
         self._tokens(token)
 
+    def slopes(self, name: str | None, hidden: tuple[Memory, int], width: int) -> None:
+        """Overwrite the input of the activation by the derivative."""
+        emitter, code, (memory, row) = self.emitter, self.code, hidden
+        assert name is not None
+
+        def token(number: Int) -> None:
+            start = code.multiply(number, row)
+
+            def vector(k: Int, lanes: int) -> None:
+                place = code.add(start, k)
+                emitter.store(memory, place, activation(name, emitter, emitter.load(memory, place, lanes))[1], lanes)
+
+            self._vectors(width, vector)
+
+        self._tokens(token)
+
     def derive(
         self, name: str, hidden: Sequence[tuple[Memory, int]], gradient: Memory, row: int, width: int,
         wide: Sequence[int],

@@ -19,6 +19,7 @@ from structlin.execution.compiled._arrange import arrangeable
 from structlin.execution.compiled._product import BYTES, TOKENS, Axis, Product, Strides, make_products
 from structlin.execution.compiled._target import Target
 from structlin.execution.compiled._tiles import SIDE, Turn, cost_of, faster, gradient_cost, with_turn
+from structlin.execution.compiled._turns import with_copy
 
 LINE = 64  # bytes
 PAIR = {"plain": 0, "half": 2, "zipped": 1}  # elements of a pair in an activation of this form; there are none in plain
@@ -31,7 +32,7 @@ class Operation:
     Of a ``paired`` product the factor is in bfloat16, and if it is read in vectors further in pairs:
     ``(..., k, n)`` is stored as ``(..., k / 2, n, 2)``. ``reads``: the form of the activation, plain, half (in
     bfloat16), or zipped by the operation that writes it along its axis ``zips``; where it comes from outside, when it
-    is copied, along the axis ``enters``. ``turn``: it reads a copy of that, by tiles.
+    is copied, along the axis ``enters``. ``turn``: it reads a copy of that.
     """
 
     product: Product
@@ -40,6 +41,11 @@ class Operation:
     zips: Axis | None = None
     enters: Axis | None = None
     turn: Turn | None = None
+
+    @property
+    def copied(self) -> str:
+        """The form of the copy that it reads."""
+        return "turned" if self.product.paired else "exchanged"
 
     @property
     def in_pairs(self) -> int:
@@ -249,6 +255,14 @@ def make_schedule(
             width = maker.widths[k if gradient.product.swapped else k + 1]
             vectors = gradient.product.cost(target, element) / 2
             back_cost += min(vectors, gradient_cost(gradient.product, width) or vectors)
+    if packed:
+        forward = [_with_copy(one, target, element, maker.widths[k]) for k, one in enumerate(forward)]
+        back = [_with_copy(one, target, element, maker.widths[k + 1]) for k, one in enumerate(back)]
+        for k, one in enumerate(gradients):
+            found = _with_copy(one, target, element, maker.widths[k if one.product.swapped else k + 1])
+            # An activation has one copy: of the others that read it, this one has to be the same.
+            other = (forward if one.product.swapped else back)[k].turn
+            gradients[k] = found if other in (None, found.turn) else one
     return Schedule(
         tuple(path), maker.widths, maker.rows, tuple(forward), tuple(back), tuple(gradients), cost, back_cost
     )
@@ -281,6 +295,12 @@ def _zipped(operations: Sequence[Operation], shapes: Sequence[Sequence[int]], wh
 def _turned(operation: Operation, target: Target, element: str) -> Operation:
     """Return an operation that reads a copy of its activation, if it runs by tiles then, and in less time."""
     found = with_turn(operation.product, target, element, PAIR[operation.reads])
+    return operation if found is None else replace(operation, product=found[0], turn=found[1])
+
+
+def _with_copy(operation: Operation, target: Target, element: str, width: int) -> Operation:
+    """Return an operation that reads a copy of its activation of ``width`` numbers, if that takes less time."""
+    found = with_copy(operation.product, target, element, width)
     return operation if found is None else replace(operation, product=found[0], turn=found[1])
 
 

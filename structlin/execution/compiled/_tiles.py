@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from structlin.execution.compiled._emit import Emitter, Memory
+from structlin.execution.compiled._emit import BITS, Emitter, Memory
 from structlin.execution.compiled._ir import Code, Int, Values
 from structlin.execution.compiled._loops import Loops, Places
 from structlin.execution.compiled._loops import write_product as write_by_vectors
@@ -95,7 +95,7 @@ def _tile_cost(product: Product, how: Tiling) -> float:
 class Turn:
     """A copy of each row of an activation.
 
-    Its pairs ``(outer, middle, inner, unit)`` become ``(inner, middle, outer, unit)``.
+    Its pairs, or numbers, ``(outer, middle, inner, unit)`` become ``(inner, middle, outer, unit)``.
     """
 
     outer: int
@@ -109,11 +109,15 @@ class Turn:
         return pairs * SQUARE / SIDE**2 if self.unit <= 2 else 2 * pairs / min(self.unit, SIDE)
 
     def write(self, emitter: Emitter, source: Memory, row: int, target: Memory, tokens: Int) -> None:
-        """``row``: elements from row to row of both; ``tokens``: how many rows to copy."""
-        code, kind = emitter.code, "i64" if self.unit == 2 else "i32"
+        """``row``: elements from row to row of both; ``tokens``: how many rows to copy.
+
+        Numbers of 16 bits in a kept activation are converted.
+        """
+        code, converts = emitter.code, source.element in BITS and target.element == emitter.element
+        kind = target.element if converts else "i64" if self.unit == 2 else "i32"
         vectors = Emitter(code, emitter.target, kind, emitter.tokens, emitter.block)
-        here, there = Memory(source.pointer, kind), Memory(target.pointer, kind)
-        steps = [row * BYTES[memory.element] // BYTES[kind] for memory in (source, target)]
+        here, there = source if converts else Memory(source.pointer, kind), Memory(target.pointer, kind)
+        steps = [row * BYTES[memory.element] // BYTES[to.element] for memory, to in ((source, here), (target, there))]
         by, to_by = self.middle * self.inner, self.middle * self.outer  # along ``outer``, and ``inner`` of the copy
 
         def runs(start: Int, to: Int) -> None:
@@ -122,7 +126,8 @@ class Turn:
                 place = code.add(to, code.multiply(code.add(code.multiply(j, to_by), i), self.unit))
                 for k in range(0, self.unit, vectors.lanes):
                     count = min(vectors.lanes, self.unit - k)
-                    vectors.store(there, code.add(place, k), vectors.load(here, code.add(first, k), count), count)
+                    held = vectors.load_some(here, code.add(first, k), count)
+                    vectors.store_some(there, code.add(place, k), held, count)
 
             each(self.outer, 1, lambda i, _: each(self.inner, 1, lambda j, _: run(i, j)))
 
@@ -147,7 +152,7 @@ class Turn:
             if whole < size:
                 body(whole, size - whole)
 
-        body = runs if self.unit > 2 else squares
+        body = runs if self.unit > (1 if converts else 2) else squares
 
         def row_of(n: Int, _: Values) -> None:
             start, to = (code.multiply(n, step) for step in steps)

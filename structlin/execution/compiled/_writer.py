@@ -44,6 +44,7 @@ class Writer:
         self.program, self.code, self.places, self.block, self.bytes = program, Code(), 0, block, 0
         self.pointer = ""
         self.buffer: str | None = None  # for sums of tiles
+        self._made: list[Array] = []  # copies of activations, which hold for the rest of a block
 
     def _next(self) -> str:
         pointer = self.code.at("ptr", "%table", self.places)
@@ -96,13 +97,19 @@ class Writer:
         self, emitter: Emitter, at: At, forms: Forms, arrays: Mapping[Key, Array],
         operation: Operation, kind: str, number: int, tokens: Int | None = None,
     ) -> Memory:  # fmt: skip
-        """Return the activation that an operation reads, or a copy of it for ``tokens`` tokens that is made here."""
+        """Return the activation that an operation reads, or its copy, which is made here unless it was before.
+
+        ``tokens``: how many to copy.
+        """
         found = at(forms.one(arrays, kind, number, operation.reads))
         if operation.turn is None:
             return found
-        copy = at(forms.one(arrays, f"turned {kind}", number, "turned"))
-        count = emitter.tokens if tokens is None else tokens
-        operation.turn.write(emitter, found, forms.rows[number], copy, count)
+        array = forms.one(arrays, f"turned {kind}", number, operation.copied)
+        copy = at(array)
+        if not any(array is made for made in self._made):
+            self._made.append(array)
+            count = emitter.tokens if tokens is None else tokens
+            operation.turn.write(emitter, found, forms.rows[number], copy, count)
         return copy
 
     def multiply(

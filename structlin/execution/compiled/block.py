@@ -2,7 +2,8 @@
 
 A block reads rows of one input, and may normalise them. Each chain of ``first`` is applied to the result. Either their
 outputs are those of the block (the projections of an attention layer), or an activation function computes hidden
-features, to which the chain ``second`` is applied (an MLP, gated or not). The input may be added to the output.
+features, to which the chain ``second`` is applied (an MLP, gated or not). The input may be added to the output. Without
+``second`` the hidden features are the output (the first half of an MLP).
 
 All steps run for a few tokens at a time, so all intermediate results stay in cache. The backward pass computes them
 again from the input, or reads some of them that the forward pass has stored (:meth:`BlockProgram.stored`).
@@ -64,7 +65,9 @@ class BlockSpec:
     @property
     def outputs(self) -> tuple[int, ...]:
         """Numbers of a row of each output."""
-        return tuple(chain[3] for chain in self.first) if self.second is None else (self.second[3],)
+        if self.second is not None:
+            return (self.second[3],)
+        return tuple(chain[3] for chain in (self.first if self.activation is None else self.first[:1]))
 
 
 class BlockProgram:
@@ -81,6 +84,7 @@ class BlockProgram:
         self.spec, self.target, self.programs, self.given = spec, target, tuple(programs), block
         self.first = self.programs[: len(spec.first)]
         self.second = self.programs[-1] if spec.second is not None else None
+        self.half = self.second is None and spec.activation is not None
         self.inside, self.outside = programs[0].inside, programs[0].outside
         self.row = row_of(spec.d_in, self.inside)
         self._made: dict[tuple[str, bool], Pass] = {}
@@ -98,13 +102,16 @@ class BlockProgram:
     def stored(self) -> list[tuple[int, int]]:
         """Return the activations that may be stored, as the number of a chain and that of an activation in it.
 
-        Of an MLP these are the outputs of the first chains. The activations between the steps of the second chain are
-        added if all together are no more than dense layers store: input and output of the activation function. Of
-        projections nothing is stored: these activations are larger than what they are computed from.
+        Of an MLP these are the outputs of the first chains; the derivative of the activation function replaces that of
+        the only one of a first half. The activations between the steps of the second chain are added if all together
+        are no more than dense layers store: input and output of the activation function. Of projections nothing is
+        stored: these activations are larger than what they are computed from.
         """
-        if self.second is None:
+        if self.spec.activation is None:
             return []
         found = [(number, len(program.schedule.forward)) for number, program in enumerate(self.first)]
+        if self.second is None:
+            return found
         between = self.second.schedule.widths[1:-1]
         if sum(between) <= len(found) * self.second.d_in:
             found += [(len(self.first), k + 1) for k in range(len(between))]
@@ -119,9 +126,13 @@ class BlockProgram:
         held, found = set(self.stored()) if kept else set(), []
         for number, program in enumerate(self.programs):
             last = len(program.schedule.forward)
-            needed = last + (self.second is not None and program is not self.second)
+            needed = last + self._hidden(program)
             found.append([k for k in range(needed - 1) if (number, k + 1) not in held])
         return found
+
+    def _hidden(self, program: Program) -> bool:
+        """Whether the output of a chain is an input of the activation function."""
+        return self.spec.activation is not None and program is not self.second
 
     def _block(self, each: int) -> int:
         if self.given:
@@ -171,10 +182,9 @@ class BlockProgram:
                 if program is self.second:
                     self._activate(rows, at, frame)
                 self._product_rows(emitter, at, frame, number, range(last[number]), emitter.tokens)
-                for (_, k), kept in frame.kept_of(number):
-                    row, source = program.schedule.rows[k], at(frame.arrays[number]["state", k, "plain"])
-                    emitter.copy(source, row, at(kept), row, *(program.schedule.widths[k],) * 2)
-                if program is self.second or self.second is None:
+                if not self.half:
+                    self._keep(emitter, at, frame, number)
+                if not self._hidden(program):
                     y = next(outputs)
                     if program.cuts_front:
                         forms, arrays = frame.forms[number], frame.arrays[number]
@@ -183,12 +193,16 @@ class BlockProgram:
                         program.write(emitter, source, program.schedule.rows[last[number]], at(y), wide)
                     if spec.residual:
                         rows.add(at(frame.x), spec.d_in, at(y), spec.d_in, spec.d_in)
+            if self.half:
+                self._activate(rows, at, frame, slopes=keeps)
+                for number in range(len(self.first)):
+                    self._keep(emitter, at, frame, number)
 
         operations = [operation for program in self.programs for operation in program.schedule.forward]
         return writer.compile(body, [frame.x], [*frame.ends, *frame.kept.values()], operations)
 
     def _backward(self, kept: bool) -> Pass:
-        all_forms = []
+        spec, all_forms = self.spec, []
         for program, again in zip(self.programs, self.again(kept), strict=True):
             needs = (True,) * (2 + len(program.shapes))
             forms, _ = program.back_forms(needs, False, again)
@@ -216,12 +230,16 @@ class BlockProgram:
             gradients = iter(frame.ends)
             for number, (program, again) in enumerate(zip(self.programs, self.again(kept), strict=True)):
                 if program is self.second:
-                    self._activate(rows, at, frame, even, backward=True)
+                    self._activate(rows, at, frame, even, slopes=True)
                 self._restore(emitter, at, frame, number, even)
                 self._product_rows(emitter, at, frame, number, again, tokens)
+            if self.half:
+                if not kept and len(self.first) == 1:
+                    rows.slopes(spec.activation, frame.hidden_at(at)[0], spec.outputs[0])
+                self._derive(rows, at, frame, even)
             for number, program in reversed(list(enumerate(self.programs))):
                 last = len(program.schedule.forward)
-                if self.second is None or program is self.second:
+                if not self._hidden(program):
                     gy = frame.ends[number] if self.second is None else next(gradients)
                     self._flow(emitter, at, frame, number, at(gy), program.strides[1], even)
                     bias = at(gy), program.strides[1]
@@ -245,6 +263,13 @@ class BlockProgram:
             operations += [*(schedule.forward[k] for k in again), *schedule.back, *schedule.gradients]
         assert frame.gx is not None
         return writer.compile(body, [frame.x, *frame.ends, *frame.kept.values()], [frame.gx], operations)
+
+    def _keep(self, emitter: Emitter, at: At, frame: _Frame, number: int) -> None:
+        """Copy the activations of a chain that the backward pass reads."""
+        schedule = self.programs[number].schedule
+        for (_, k), kept in frame.kept_of(number):
+            row, source = schedule.rows[k], at(frame.arrays[number]["state", k, "plain"])
+            emitter.copy(source, row, at(kept), row, *(schedule.widths[k],) * 2)
 
     def _restore(self, emitter: Emitter, at: At, frame: _Frame, number: int, even: bool) -> None:
         """Copy the activations of a chain that are kept to scratch memory, in all forms that products read."""
@@ -314,15 +339,20 @@ class BlockProgram:
         last = len(self.programs[number].schedule.forward)
         self._copies(emitter, at, frame, number, "flow", last, source, row, even, there)
 
-    def _activate(self, rows: Rows, at: At, frame: _Frame, even: bool = False, backward: bool = False) -> None:
-        """Compute the hidden features from the outputs of the first chains."""
-        assert self.second is not None
+    def _activate(self, rows: Rows, at: At, frame: _Frame, even: bool = False, slopes: bool = False) -> None:
+        """Compute the hidden features from the outputs of the first chains.
+
+        ``slopes``: the derivative overwrites the output, if there is one.
+        """
         assert self.spec.activation is not None
-        hidden = [(at(array), row) for array, row in frame.hidden]
-        target, row = frame.features
-        width, wide = self.second.d_in, self.second.schedule.widths[0]
-        slopes = backward and len(hidden) == 1
+        hidden, (target, row) = frame.hidden_at(at), frame.features
+        width = wide = self.spec.outputs[0]  # of a half
+        if self.second is not None:
+            width, wide = self.second.d_in, self.second.schedule.widths[0]
+        slopes = slopes and len(hidden) == 1  # otherwise the gradients are computed from all of them
         rows.activate(self.spec.activation, hidden, at(target), row, width, wide, slopes)
+        if self.second is None:
+            return
         number = len(self.first)
         if even:
             rows.clear(at(target), row, wide)
@@ -330,13 +360,15 @@ class BlockProgram:
 
     def _derive(self, rows: Rows, at: At, frame: _Frame, even: bool) -> None:
         """Overwrite the outputs of the first chains by their gradients."""
-        assert self.second is not None
         assert self.spec.activation is not None
-        number = len(self.first)
-        gradient = at(frame.arrays[number]["flow", 0, "plain"])
-        hidden = [(at(array), row) for array, row in frame.hidden]
+        hidden = frame.hidden_at(at)
         wide = [program.schedule.widths[-1] for program in self.first]
-        rows.derive(self.spec.activation, hidden, gradient, self.second.schedule.rows[0], self.second.d_in, wide)
+        if self.second is None:
+            gradient, row, size = at(frame.ends[0]), *self.spec.outputs * 2
+        else:
+            gradient = at(frame.arrays[len(self.first)]["flow", 0, "plain"])
+            row, size = self.second.schedule.rows[0], self.second.d_in
+        rows.derive(self.spec.activation, hidden, gradient, row, size, wide)
         if even:
             for (memory, row), width in zip(hidden, wide, strict=True):
                 rows.clear(memory, row, width)
@@ -395,7 +427,7 @@ class _Frame:
         self.hidden: list[tuple[Array, int]] = []
         for number, program in enumerate(block.programs):
             given: dict[Key, Array] = {}
-            last, hidden = len(program.schedule.forward), program is not block.second and block.second is not None
+            last, hidden = len(program.schedule.forward), block._hidden(program)
             if program is not block.second and block._direct(program):
                 given["state", 0, "plain"] = self.held
             if hidden:  # its gradient is written where it was
@@ -413,6 +445,13 @@ class _Frame:
                 given["flow", 0, "plain"] = given["state", 0, "plain"]
             self.arrays.append(writer.arrays(forms[number], [], given))
 
+        if block.half:
+            self.features = self.ends[0], spec.outputs[0]
+
+    def hidden_at(self, at: At) -> list[tuple[Memory, int]]:
+        """Return the outputs of the first chains, with the numbers of a row."""
+        return [(at(array), row) for array, row in self.hidden]
+
     def kept_of(self, number: int) -> list[tuple[tuple[int, int], Array]]:
         """Return the arrays outside of scratch memory that hold activations of a chain."""
         return [(key, array) for key, array in self.kept.items() if key[0] == number]
@@ -423,7 +462,7 @@ def make_block(spec: BlockSpec, dtype: str, target: Target, block: int | None = 
     """Return the passes; None if a chain has no schedule, or a ``target`` with tiles has no product that uses them."""
     programs = []
     for number, (steps, sizes, d_in, d_out) in enumerate(spec.chains):
-        inner_out = spec.second is not None and number < len(spec.first)
+        inner_out = spec.activation is not None and number < len(spec.first)
         program = make_program(
             steps, sizes, d_in, d_out, True, dtype, target, None, True, block, (True, inner_out)
         )  # fmt: skip

@@ -130,7 +130,8 @@ MLPS = [
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("case", MLPS, ids=lambda case: f"{case[0].__name__}-{case[3]}-{case[5]}-{case[6]}")
 @pytest.mark.parametrize("kind", ["0", "0kept"])
-def test_mlp(case: Any, dtype: torch.dtype, kind: str) -> None:
+@pytest.mark.parametrize("half", [False, True], ids=["whole", "half"])
+def test_mlp(case: Any, dtype: torch.dtype, half: bool, kind: str) -> None:
     make, d, hidden, norm, affine, activation, gated, bias, residual, tokens, threads = case
     first = [make(d, hidden)] * (1 + gated)
     block = block_of(
@@ -140,6 +141,9 @@ def test_mlp(case: Any, dtype: torch.dtype, kind: str) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
+        if half:
+            assert block.half is not None
+            block = block.half
         check(block, tokens, dtype, kind)
     finally:
         torch.set_num_threads(before)
@@ -152,6 +156,35 @@ def test_projections_of_one_input(dtype: torch.dtype) -> None:
     check(block_of(first, None, biases=(True, False, True), norm="layer", affine=(True, True)), 37, dtype)
     check(block_of(first[:1], None, norm="rms", affine=(True, False)), 37, dtype)
     check(block_of(first[1:], None, biases=(False, True)), 3, dtype)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("kind", "train"), [("half", False), ("half", True), ("halfkept", True)])
+def test_a_pass_up_to_the_hidden_features(gated: bool, kind: str, train: bool) -> None:
+    """Then the second layer by its own way. Only the derivatives, or the outputs of two layers, are stored, or none."""
+    block = block_of([btt(24, 40)] * (1 + gated), btt(40, 24), norm="rms", affine=(True, False), residual=True)
+    operands = [None if t is None else t.requires_grad_(train) for t in operands_of(block, torch.float64)]
+    x, saved = torch.randn(9, 24, dtype=torch.float64, requires_grad=train), []
+
+    def pack(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        (y,) = block.by_pass(kind, x, operands, train)
+    (expected,) = block.layers(x, operands, by_products)
+    torch.testing.assert_close(y, expected)
+    if not train:
+        return
+    given = {t.data_ptr() for t in (x, *operands) if t is not None}
+    own = {t.data_ptr(): t.shape for t in saved if t.data_ptr() not in given}
+    stored = list(own.values()).count(torch.Size([9, 40]))  # the second layer saves a view with more axes
+    assert stored == (1 + gated if "kept" in kind else 0)
+    wanted = [t for t in (x, *operands) if t is not None]
+    gy = torch.randn_like(y)
+    first, second = (torch.autograd.grad(out, wanted, gy, create_graph=True) for out in (y, expected))
+    torch.testing.assert_close(first, second)
+    torch.testing.assert_close(*(torch.autograd.grad(sum(g.sum() for g in one), x)[0] for one in (first, second)))
 
 
 @pytest.mark.parametrize("size", ["2", "16", "48", "16kept"])
@@ -340,6 +373,40 @@ def test_the_estimate_keeps_the_instructions_of_the_layers(monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("train", [False, True])
+def test_a_half_is_timed_if_only_the_first_layer_is_compiled(monkeypatch: pytest.MonkeyPatch, train: bool) -> None:
+    """Only beside passes that can run; layers by tiles are not replaced by a half, which has none."""
+    block = block_of([btt(24, 40)], btt(40, 24))
+    problem = BlockProblem(block, "float32", 64, torch.get_num_threads(), train)
+    ways = {way.name: way for way in choice.ways("torch")}
+    first = "compiled"
+    monkeypatch.setattr(choice, "WORTH", 0.0)
+    monkeypatch.setattr(choice, "way_of", lambda p: ways[first if p.structure == block.first[0] else "products"])
+    half = "block-halfkept" if train else "block-half"
+    assert problem.close() == [half, "separate"]
+    assert set(problem.measure(problem.close(), 0.01)) == {half, "separate"}
+    first = "compiled-tiles"
+    assert problem.estimate() == "separate"
+
+
+def test_a_half_whose_backward_pass_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = TorchBlock((btt(24, 44),), btt(44, 24), "gelu", (True, True))
+    operands, x = operands_of(block, torch.float64), torch.randn(9, 24, dtype=torch.float64, requires_grad=True)
+
+    def fail(*_: object) -> None:
+        raise CompileError("no such instruction")
+
+    monkeypatch.setattr(TorchBlock, "backward", fail)
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        (y,) = block.by_pass("halfkept", x, operands, True)
+        found = torch.autograd.grad(y.sum(), x)
+    expected = torch.autograd.grad(block.layers(x, operands, by_products)[0].sum(), x)
+    torch.testing.assert_close(found, expected)
+    assert "halfkept" not in BlockProblem(block, "float64", 9, 1, True).kinds()
+
+
+@pytest.mark.usefixtures("cache")
 def test_timings_are_apart_from_the_call_that_needs_them() -> None:
     """Hooks on saved tensors do not see them, and autocast does not apply."""
     block = block_of([btt(24, 40)], btt(40, 24))
@@ -385,7 +452,8 @@ def test_choices_without_stored_activations() -> None:
     """`-kept` excludes them from timings and pins; timings without them do not decide for other policies."""
     block = block_of([btt(24, 40)], btt(40, 24))
     problem = BlockProblem(block, "float32", 64, torch.get_num_threads(), True)
-    wisdom.write(problem.key, {"separate": 3.0, "block-0": 2.0, "block-16": 2.5, "block-0kept": 1.0})
+    times = {"separate": 3.0, "block-0": 2.0, "block-16": 2.5}
+    wisdom.write(problem.key, times | {"block-0kept": 1.0, "block-halfkept": 1.5})
     choice.forget()
     with execution.using("measure"):
         assert choice.settle(problem) == "block-0kept"
@@ -399,11 +467,22 @@ def test_choices_without_stored_activations() -> None:
     finally:
         choice._pinned.clear()
         choice.forget()
-    wisdom.write(problem.key, {"separate": 3.0, "block-0": 2.0, "block-16": 2.5})
+    wisdom.write(problem.key, times)
     choice.forget()
     with execution.using("measure"):
         choice.settle(problem)
-    assert "block-0kept" in choice.timings_of(problem.key)
+    assert {"block-0kept", "block-halfkept"} <= set(choice.timings_of(problem.key))
+    choice.pin({problem.key: "block-halfkept"})
+    try:
+        with execution.using("measure,-kept"):
+            choice.settle(problem)
+            assert block._kind(torch.randn(64, 24), True) is None  # layer after layer
+        with execution.using("measure"):
+            assert block._kind(torch.randn(64, 24), True) == "halfkept"
+    finally:
+        choice._pinned.clear()
+        choice.forget()
+    assert "half" in BlockProblem(block, "float32", 64, 1, False).kinds()
 
 
 @pytest.mark.usefixtures("cache")
@@ -428,7 +507,8 @@ def test_measuring_times_all_answers() -> None:
     operands, x = operands_of(block, torch.float32), torch.randn(50, 24, requires_grad=True)
     found = tuning.tune(lambda: block(x, operands), progress=False)
     (key,) = [key for key in found if key.startswith("block")]
-    assert set(found[key]) == {"separate", "block-0", "block-16", "block-48", "block-0kept", "block-16kept"}
+    kinds = {"0", "16", "48", "0kept", "16kept", "halfkept"}
+    assert set(found[key]) == {"separate", *(f"block-{kind}" for kind in kinds)}
     assert all(0 < seconds < 10 for seconds in found[key].values())
 
 

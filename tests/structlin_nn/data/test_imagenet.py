@@ -403,3 +403,15 @@ def test_without_the_extra(image_tree: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"structlin\[text\]"):
         open_imagenet("somebody/something")
+
+
+@pytest.mark.parametrize("error", ["RuntimeError('operator torchvision::nms does not exist')", "OSError('libc10.so')"])
+def test_beside_a_torch_of_another_build(
+    error: str, image_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torchvision.py").write_text(f"raise {error}")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=r"torchvision and timm, and torchvision.datasets cannot be imported"):
+        open_imagenet(image_tree)

@@ -193,11 +193,13 @@ class TestTwoProcesses:
         for _ in range(2):
             started = workers.begin([job], 2, tmp_path)
             deadline = time.monotonic() + 240
-            while int((checkpoints(tmp_path / "run") or ["-1"])[-1]) < seen[-1] + 5:
-                assert time.monotonic() < deadline
-                time.sleep(0.003)
-            for process in started:
-                process.kill()
+            try:
+                while int((checkpoints(tmp_path / "run") or ["-1"])[-1]) < seen[-1] + 5:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.003)
+            finally:
+                for process in started:
+                    process.kill()
             texts = [process.communicate()[0] for process in started]
             assert [process.returncode for process in started] == [-signal.SIGKILL] * 2, texts
             seen.append(read_checkpoint(tmp_path / "run")[1]["step"])
@@ -248,12 +250,14 @@ def test_torchrun_is_interrupted(text_tokens: Path, tmp_path: Path) -> None:
     """Ctrl-C: the signal reaches torchrun and its processes, to which torchrun sends it once more."""
     process = torchrun(text_tokens, tmp_path / "run", "--steps 200000 --eval-every 100000 --quiet")
     deadline = time.monotonic() + 240
-    while not checkpoints(tmp_path / "run"):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    time.sleep(1)
-    os.killpg(process.pid, signal.SIGINT)
+    try:
+        while not checkpoints(tmp_path / "run"):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(1)
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=240)
     step = read_checkpoint(tmp_path / "run")[1]["step"]
     assert step > 0

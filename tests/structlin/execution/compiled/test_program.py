@@ -9,7 +9,7 @@ import torch
 
 import structlin as sl
 from structlin._arrays import ops
-from structlin.execution.compiled import _loops, _program, _rules
+from structlin.execution.compiled import _loops, _program, _rules, _turns
 from structlin.execution.compiled._limits import Limits, limits
 from structlin.execution.compiled._program import make_program
 from structlin.execution.compiled._schedule import LINE
@@ -143,6 +143,76 @@ def test_limits_change_no_result(name, field, monkeypatch):
             close(got, exact, "float64")
     finally:
         _program.make_program.cache_clear()
+
+
+EXCHANGED = {
+    **STRUCTURES,
+    "btt9": sl.design("block_tensor_train", (12 * 20, 20 * 9), rank=9),
+    "btt2": sl.design("block_tensor_train", (40 * 33, 11 * 36), rank=2),
+    "monarch8": sl.design("monarch", (16 * 13, 8 * 44), blocks=8),
+}
+
+
+COPIES = {  # of low rank and tensor trains no activation is read at a distance, or along axes that one copy exchanges
+    **{"btt1": 4, "btt2": 4, "btt3": 4, "btt9": 4, "monarch": 3, "monarch8": 2, "regrouped": 2, "kronecker": 2},
+    **{"low_rank": 0, "tensor_train": 0},
+}
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", EXCHANGED)
+def test_copies_with_exchanged_axes(name, dtype, kept, monkeypatch):
+    """Of all activations that products read at a distance, however small, with few registers."""
+    if not set(AVX2.features) <= set(HOST.features):
+        pytest.skip("this processor has no AVX2")
+    monkeypatch.setattr(_turns, "limits", lambda: replace(limits(), vectors=0))
+    structure, tokens = EXCHANGED[name], 53
+    program = program_of(structure, dtype, AVX2)
+    x, gy, factors, wanted = whole_problem(structure, dtype, tokens)
+    schedule, last = program.schedule, len(structure.steps)
+    turns = [operation.turn for operation in (*schedule.forward, *schedule.back, *schedule.gradients)]
+    assert len([turn for turn in turns if turn]) == COPIES[name]
+    if kept and last != 2:
+        return
+    arranged = {
+        kind: [arrange(factors[k], getattr(schedule, kind)[k].order, program) for k in range(last)]
+        for kind in ("forward", "back")
+    }
+    y, gx = (torch.full_like(t, torch.nan) for t in (gy, x))
+    states = [torch.full((tokens, schedule.rows[1]), torch.nan, dtype=program.kept_dtype)] if kept else []
+    run(program.forward(False, kept), [x, y, *arranged["forward"], *states], tokens)
+    sums = [torch.zeros(f.numel(), dtype=program.dtype) for f in factors]
+    again = [] if kept else arranged["forward"][:-1]
+    made = program.backward((True, *[True] * last, False), kept)
+    run(made, [x, gy, gx, *arranged["back"], *sums, *(states or again)], tokens)
+    orders = [operation.order for operation in schedule.gradients]
+    shapes = [[f.shape[axis] for axis in order] for f, order in zip(factors, orders, strict=True)]
+    ordered = [
+        total.view(shape).permute([order.index(axis) for axis in range(len(order))])
+        for total, shape, order in zip(sums, shapes, orders, strict=True)
+    ]
+    for got, exact in zip((y, gx, *ordered), wanted, strict=True):
+        close(got, exact, dtype)
+
+
+def arrange(factor, order, program):
+    return factor.permute(order).to(program.dtype).contiguous()
+
+
+def test_copies_only_where_vectors_do_not_stay_in_cache(monkeypatch):
+    """And with few registers: larger tiles read them less often."""
+    structure = sl.design("block_tensor_train", (1024, 1024), rank=1)
+
+    def copies(target, vectors):
+        monkeypatch.setattr(_turns, "limits", lambda: replace(limits(), vectors=vectors))
+        schedule = program_of(structure, "float32", target).schedule
+        return [one.turn for one in (*schedule.forward, *schedule.back, *schedule.gradients) if one.turn]
+
+    assert copies(AVX2, 1 << 20) == copies(AVX512, 1 << 10) == []
+    found = copies(AVX2, 1 << 10)
+    assert len(found) == 4
+    assert {(turn.outer, turn.inner, turn.unit) for turn in found} == {(32, 32, 1)}
 
 
 def test_blocks_by_the_size_of_the_cache(monkeypatch):
