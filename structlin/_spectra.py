@@ -140,8 +140,11 @@ def _residual(found: Decomposition) -> Array:
 
 
 def is_small(change: Array, result: Array) -> Array:
-    """Return whether a change of a result is below a thousandth of its largest entry."""
-    return _largest(change) <= 1e-3 * _largest(result)
+    """Return whether a change of a result is below a tenth of its largest entry.
+
+    Roundoff changes a root that does not exist by more than the root. Kernels in float32 that users invert reach 1e-2.
+    """
+    return _largest(change) <= 0.1 * _largest(result)
 
 
 def rounding(matrices: Array, seed: int = 0) -> Array:
