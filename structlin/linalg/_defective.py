@@ -1,6 +1,6 @@
 """The logarithm and powers of matrices that may be defective, by the Schur decompositions of SciPy, verified.
 
-A result is NaN unless it stays the same, to a tenth of its largest entry, if each entry of the matrix changes by
+A result is NaN unless it stays the same, to a hundredth of its largest entry, if each entry of the matrix changes by
 one roundoff of the dtype in which the matrix was given. Both are computed in double precision, for a balanced matrix.
 """
 

@@ -9,7 +9,7 @@ logarithm; Higham and Lin 2013, An improved Schur-Pade algorithm). exp and integ
 other function of a defective matrix raises ArithmeticError, or gives NaN inside jit.
 
 For log and powers, an eigenvalue that is zero to roundoff counts as zero. Every result is verified: roundoff in the
-entries of the matrix must not change it by more than a tenth of its largest entry (unless A is Hermitian).
+entries of the matrix must not change it by more than a hundredth of its largest entry (unless A is Hermitian).
 
 Derivatives are correct if eigenvalues repeat (:mod:`structlin._spectra`).
 """
