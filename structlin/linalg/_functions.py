@@ -183,7 +183,8 @@ class Function:
             raise NoValueError(
                 f"{self.name} of this matrix is not finite, or roundoff in the entries changes it: the matrix is "
                 f"singular, or nearly so and defective; its singular values lie between {sizes[-1]:.1e} and "
-                f"{sizes[0]:.1e}"
+                f"{sizes[0]:.1e}. If it is Hermitian, annotate it with cola.PSD or cola.SelfAdjoint, which is more "
+                "accurate"
             )
         return to_backend(made.reshape(given.shape), backend_of(matrices), str(result))
 
