@@ -58,7 +58,7 @@ class Emitter:
             value = self._narrowed(value, self.lanes, at.element)
         if lanes == self.lanes:
             self.code.put(f"store {kind} {value}, ptr {pointer}, align {BYTES[at.element]}")
-        elif self.target.width == 32:  # AVX2, whose masked stores take more than ten cycles on processors of AMD
+        elif self.target.width == 32:  # AVX2, whose masked stores are slow on processors of AMD
             part = f"<{lanes} x {BITS.get(at.element, at.element)}>"
             some = ", ".join(f"i32 {k}" for k in range(lanes))
             part_of = self.code.value(f"shufflevector {kind} {value}, {kind} poison, <{lanes} x i32> <{some}>")
