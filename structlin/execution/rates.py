@@ -1,8 +1,8 @@
 """Rates of this machine, from which the times of ways are estimated.
 
-A few products and copies are timed once for each library, dtype and number of threads. This takes about a tenth of a
-second in torch, and half a second in jax, which compiles each of them. The result is stored on disk (:mod:`.wisdom`),
-so all processes on a machine use the same rates.
+A few products and copies are timed once for each library, dtype and number of threads. This takes about a second, and
+several in dtypes whose products are slow, such as float16 on most processors. The result is stored on disk
+(:mod:`.wisdom`), so all processes on a machine use the same rates.
 """
 
 from __future__ import annotations

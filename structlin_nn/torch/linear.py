@@ -158,7 +158,7 @@ class StructuredLinear(PlannedLayer, nn.Module):
         ``zero_init`` is True for a structure without trainable factors. In the forward pass, if the input has a wrong
         size, or a factor or the bias has a wrong shape, or a device or dtype other than the input.
     TypeError
-        If ``structure`` is neither a name nor a structure.
+        If ``structure`` is neither a name nor a structure, or ``bias`` is not a bool.
 
     Examples
     --------
@@ -179,6 +179,8 @@ class StructuredLinear(PlannedLayer, nn.Module):
         checkpoint: bool = False, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
+        if not isinstance(bias, bool):
+            raise TypeError(f"bias must be True or False, got {bias!r}; write structure=... for a structure")
         plan = plan_layer(
             in_features, out_features, structure, options, rms_cap=rms_cap, gain=gain, rule=rule, zero_init=zero_init
         )

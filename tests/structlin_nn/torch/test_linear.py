@@ -432,6 +432,7 @@ def test_input_of_another_dtype(name, shape, options):
         ((6, 6), {"structure": "permutation", "rms_cap": True}, ValueError, "no trainable factors"),
         ((6, 6), {"structure": "permutation", "zero_init": True}, ValueError, "zero_init=True.*no trainable factors"),
         ((6, 7), {"structure": "block_tensor_train"}, ValueError, "7"),
+        ((6, 6, "monarch"), {}, TypeError, "bias must be True or False, got 'monarch'; write structure="),
     ],
 )
 def test_bad_arguments(arguments, options, error, words):
