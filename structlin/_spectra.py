@@ -142,8 +142,8 @@ def _residual(found: Decomposition) -> Array:
 def is_small(change: Array, result: Array) -> Array:
     """Return whether a change of a result is below a hundredth of its largest entry.
 
-    In tests with Jordan blocks, roundoff changed roots that do not exist by more than this; a tenth would accept some of
-    them in float32. Ill-conditioned kernels in float32 reach 1e-3.
+    In tests with Jordan blocks, roundoff changed roots that do not exist by more than this. A tenth would accept some
+    of them in float32. Ill-conditioned kernels in float32 reach 1e-3.
     """
     return _largest(change) <= 1e-2 * _largest(result)
 

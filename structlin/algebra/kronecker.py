@@ -51,9 +51,9 @@ def of_kronecker(matrices: Sequence[Array], A: Any, f: Any, *, add: bool = False
     other = _of_members([m + spectra.rounding(m) for m in fixed], A, f, add, shift, False)
     if other is None:
         return None
-    v = _probe(A.shape[0], matrices[0])
+    v = _random_vector(A.shape[0], matrices[0])
     x = lapack(v).stop_gradient(found @ v)
-    return _if(spectra.is_small((other @ v - x)[:, None], x[:, None]), found, x)
+    return _unless_refused(spectra.is_small((other @ v - x)[:, None], x[:, None]), found, x)
 
 
 def _of_members(
@@ -84,10 +84,10 @@ def _of_members(
     if hermitian or known(abs(moved).sum()) == 0:
         return made
     # As in spectra.with_values: eigenvalues moved to one number are semisimple if this keeps the matrix.
-    image = right @ _probe(A.shape[0], parts[0].vectors)
+    image = right @ _random_vector(A.shape[0], parts[0].vectors)
     change, size = left @ (moved * image), left @ (xp.stop_gradient(values) * image)
     good = xp.max(xp.abs(change)) <= eps(A.dtype) ** 0.75 * xp.max(xp.abs(size))
-    return _if(good & (xp.max(xp.abs(moved) - radius / 8) <= 0), made, change)
+    return _unless_refused(good & (xp.max(xp.abs(moved) - radius / 8) <= 0), made, change)
 
 
 def _radius(parts: Sequence[spectra.Decomposition], add: bool, hermitian: bool) -> Array:
@@ -98,13 +98,13 @@ def _radius(parts: Sequence[spectra.Decomposition], add: bool, hermitian: bool) 
     return outer([s + r for s, r in zip(sizes, radii, strict=True)]) - outer(sizes)
 
 
-def _probe(n: int, like: Array) -> Array:
+def _random_vector(n: int, like: Array) -> Array:
     """Return a fixed random vector in the library and dtype of ``like``."""
     xp = lapack(like)
     return xp.astype(xp.index(np.random.default_rng(0).standard_normal(n), like), like.dtype)
 
 
-def _if(good: Array, A: Any, like: Array) -> Any | None:
+def _unless_refused(good: Array, A: Any, like: Array) -> Any | None:
     """Return A if ``good``, else None; for a traced condition, its products are NaN instead."""
     number = known(good)
     if number is not None:

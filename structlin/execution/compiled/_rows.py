@@ -95,10 +95,9 @@ class Rows:
 
         self._tokens(token)
 
-    def slopes(self, name: str | None, hidden: tuple[Memory, int], width: int) -> None:
+    def slopes(self, name: str, hidden: tuple[Memory, int], width: int) -> None:
         """Overwrite the input of the activation by the derivative."""
         emitter, code, (memory, row) = self.emitter, self.code, hidden
-        assert name is not None
 
         def token(number: Int) -> None:
             start = code.multiply(number, row)

@@ -249,17 +249,24 @@ def make_schedule(
         forward = _zipped(forward, shapes, whole[0][1])
         back = _zipped(back[::-1], shapes[::-1], whole[1][1])[::-1]
     if pairs and target.tiles:
-        forward, back = ([_turned(operation, target, element) for operation in part] for part in (forward, back))
+        forward, back = (
+            [_copying(one, with_turn(one.product, target, element, PAIR[one.reads])) for one in part]
+            for part in (forward, back)
+        )
         cost, back_cost = (sum(operation.cost(target, element) for operation in part) for part in (forward, back))
         for k, gradient in enumerate(gradients):
             width = maker.widths[k if gradient.product.swapped else k + 1]
             vectors = gradient.product.cost(target, element) / 2
             back_cost += min(vectors, gradient_cost(gradient.product, width) or vectors)
     if packed:
-        forward = [_with_copy(one, target, element, maker.widths[k]) for k, one in enumerate(forward)]
-        back = [_with_copy(one, target, element, maker.widths[k + 1]) for k, one in enumerate(back)]
+
+        def exchanged(one: Operation, read: int) -> Operation:
+            return _copying(one, with_copy(one.product, target, element, maker.widths[read]))
+
+        forward = [exchanged(one, k) for k, one in enumerate(forward)]
+        back = [exchanged(one, k + 1) for k, one in enumerate(back)]
         for k, one in enumerate(gradients):
-            found = _with_copy(one, target, element, maker.widths[k if one.product.swapped else k + 1])
+            found = exchanged(one, k if one.product.swapped else k + 1)
             # An activation has one copy: of the others that read it, this one has to be the same.
             other = (forward if one.product.swapped else back)[k].turn
             gradients[k] = found if other in (None, found.turn) else one
@@ -292,15 +299,8 @@ def _zipped(operations: Sequence[Operation], shapes: Sequence[Sequence[int]], wh
     return found
 
 
-def _turned(operation: Operation, target: Target, element: str) -> Operation:
-    """Return an operation that reads a copy of its activation, if it runs by tiles then, and in less time."""
-    found = with_turn(operation.product, target, element, PAIR[operation.reads])
-    return operation if found is None else replace(operation, product=found[0], turn=found[1])
-
-
-def _with_copy(operation: Operation, target: Target, element: str, width: int) -> Operation:
-    """Return an operation that reads a copy of its activation of ``width`` numbers, if that takes less time."""
-    found = with_copy(operation.product, target, element, width)
+def _copying(operation: Operation, found: tuple[Product, Turn] | None) -> Operation:
+    """Return the operation with a product that reads a copy of its activation, if one was found."""
     return operation if found is None else replace(operation, product=found[0], turn=found[1])
 
 

@@ -234,7 +234,7 @@ class BlockProgram:
                 self._restore(emitter, at, frame, number, even)
                 self._product_rows(emitter, at, frame, number, again, tokens)
             if self.half:
-                if not kept and len(self.first) == 1:
+                if not kept and len(self.first) == 1 and spec.activation is not None:
                     rows.slopes(spec.activation, frame.hidden_at(at)[0], spec.outputs[0])
                 self._derive(rows, at, frame, even)
             for number, program in reversed(list(enumerate(self.programs))):
