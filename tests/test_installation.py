@@ -35,7 +35,7 @@ KEPT = {"PIP_CERT", "PIP_CLIENT_CERT", "PIP_DEFAULT_TIMEOUT", "PIP_PROXY", "UV_H
 STEP = """
 import torch
 from structlin_nn.torch import StructuredLinear
-layer = StructuredLinear(24, 36, "block_tensor_train", rank=2)
+layer = StructuredLinear(24, 36, structure="block_tensor_train", rank=2)
 layer(torch.randn(5, 24)).square().mean().backward()
 assert all(p.grad.isfinite().all() and p.grad.any() for p in layer.parameters())
 print("torch", torch.__version__)
