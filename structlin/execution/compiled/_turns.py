@@ -33,7 +33,7 @@ def with_copy(product: Product, target: Target, element: str, width: int) -> tup
         return None
     tokens_down = product.down is not None and not product.down.size
     found = turned(product, 1) if tokens_down else _of_sums(product, width)
-    if found is None or _read_again(product) <= limits().vectors // 2:
+    if found is None or _read_again(product) < limits().vectors // 2:
         return None
     return _outside(found[0]), found[1]
 
