@@ -12,10 +12,11 @@ ratios of each round,
 - the speed-up over the dense model of equal width;
 - the same with each layer run separately (the policy `-block`), which shows the gain of passes over whole blocks;
 - GFLOP/s (two operations for each MAC, three forward passes for a step) and those of one large dense product, and the
-  peak memory of a step relative to the dense model of equal width, also with the policy `-kept`, which stores no hidden
-  features.
+  peak memory of a step relative to the dense model of equal width: of what the step allocates (activations, gradients
+  and temporary memory), also with the policy `-kept`, which stores no hidden features, and of that with parameters and
+  the state of AdamW.
 
-Peak memory does not include parameters and the state of AdamW. MACs are those that structlin counts, attention
+MACs are those that structlin counts, attention
 included. `llama` is a model of transformers, which must be installed. `--latency` times single layers for a few tokens
 instead. `--both-allocators` times everything again with a C library that keeps freed memory.
 """
@@ -191,8 +192,16 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 found["recomputed_to_wide"] = memory["recomputed"] / memory["wide"]
             found["memory_bytes"] = memory
             found["memory_to_wide"] = memory["structured"] / memory["wide"]
+            fixed = {label: 3 * bytes_of(models[label]) for label in ("structured", "wide")}  # AdamW has two moments
+            found["whole_memory_to_wide"] = (memory["structured"] + fixed["structured"]) / (
+                memory["wide"] + fixed["wide"]
+            )
             found["memory_to_separate"] = memory["structured"] / memory.get("separate", memory["structured"])
     return found
+
+
+def bytes_of(model: nn.Module) -> int:
+    return sum(p.nbytes for p in model.parameters())
 
 
 def peak_of(call: Callable[[], object], context: Callable[[], Any]) -> int:
@@ -253,11 +262,13 @@ def latency_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Format a result as the table of the documentation."""
     cells = [["model", "kind", "ms, dense of equal MACs", "time per MAC", "(separate)", "speed-up at equal width",
-              "GFLOP/s, dense", "memory to dense of equal width (nothing stored), to separate layers"]]  # fmt: skip
+              "GFLOP/s, dense", "memory to dense of equal width (nothing stored), to separate layers",
+              "with parameters"]]  # fmt: skip
     for row in rows:
         for kind in KINDS:
             found = row[kind]
             least = f" ({row['recomputed_to_wide']:.2f})" if "recomputed_to_wide" in row else ""
+            whole = f"{row['whole_memory_to_wide']:.2f}" if kind == "step" and "whole_memory_to_wide" in row else ""
             memory = f"{row['memory_to_wide']:.2f}{least}, {row['memory_to_separate']:.2f}" if kind == "step" else ""
             cells.append(
                 [row["model"], kind,
@@ -265,7 +276,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                  f"{found['time_per_mac']:.2f}",
                  f"({found['separate_time_per_mac']:.2f})" if "separate_time_per_mac" in found else "",
                  f"{found['speed_up']:.2f}", f"{found['gflops']['structured']:.0f}, {found['gflops']['dense']:.0f}",
-                 memory]
+                 memory, whole]
             )  # fmt: skip
     return aligned(cells)
 

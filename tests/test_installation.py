@@ -111,4 +111,5 @@ def test_installs(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     every = f".[{','.join(EXTRAS)}]"
     run(python, "-m", "pip", "install", "--dry-run", "-c", "constraints.txt", every, folder=checkout)
     with capsys.disabled():
-        print(f"\ninstalled and ran {job!r} in {seconds:.0f} s, {size / 1e9:.1f} GB on disk: {versions}", end="")
+        text = f"\ninstalled and ran {job!r} in {seconds:.0f} s, {size / 1e9:.1f} GB on disk: {versions}"
+        print(text, end="", file=sys.stderr)  # workers of xdist have no other output
