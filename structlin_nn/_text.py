@@ -30,27 +30,27 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, rul
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """Return ", did you mean x?" for the known word nearest to `word`, or "" if none is near.
+    """Return " (did you mean x?)" for the known word nearest to `word`, or "" if none is near.
 
     Examples
     --------
     >>> suggestion("widht", ["width", "depth"])
-    ', did you mean width?'
+    ' (did you mean width?)'
     """
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f", did you mean {found[0]}?" if found else ""
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {found[0]}?)" if found else ""
 
 
 def unknown(what: str, word: Any, known: Iterable[str], *more: str) -> str:
     """Return the message about an unknown word, with the nearest known one, and `more` forms that are allowed."""
     known = list(known)
-    return f"unknown {what} {word!r}{suggestion(str(word), known)} (one of {', '.join((*known, *more))})"
+    return f"unknown {what} {word!r}{suggestion(str(word), known)}; one of {', '.join((*known, *more))}"
 
 
 def check_known(what: str, name: Any, known: Iterable[str]) -> None:
     """Raise ValueError unless a name is known."""
     if name not in known:
-        raise ValueError(f"unknown {what} {name!r}; one of {', '.join(known)}")
+        raise ValueError(unknown(what, name, known))
 
 
 def check_integer(name: str, value: Any, least: int = 1) -> None:

@@ -140,7 +140,7 @@ def column(rows: Sequence[Row], name: str) -> list[float]:
     >>> column([{"error": 0.5}], "eror")
     Traceback (most recent call last):
     ...
-    ValueError: a row has no 'eror', did you mean error?
+    ValueError: a row has no 'eror' (did you mean error?)
     """
     found = []
     for row in rows:

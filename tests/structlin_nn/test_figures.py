@@ -167,7 +167,7 @@ def test_command(name: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("delta", "unknown figure 'delta', did you mean delta-h?"),
+        ("delta", "unknown figure 'delta' (did you mean delta-h?)"),
         ("landscape", "a landscape is of one group, got dense, monarch; choose one with --where"),
         ("compute --y eror", "a row has no 'eror'"),
         ("gpt2", "a row has no 'val_loss'"),

@@ -243,7 +243,7 @@ def test_refused(settings: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("cifar-mpl", "unknown model 'cifar-mpl', did you mean cifar-mlp?"),
+        ("cifar-mpl", "unknown model 'cifar-mpl' (did you mean cifar-mlp?)"),
         ("cifar-mlp --widths a,b", "must be an integer or several with commas, got 'a,b'"),
         ("cifar-mlp --widths 64", "--widths must be two or more numbers with commas, got 64"),
         ("cifar-mlp --structure kronekcer", "unknown structure 'kronekcer'"),

@@ -81,7 +81,7 @@ def test_refused(tmp_path: Path) -> None:
         read_rows([tmp_path / "nowhere.json"])
     with pytest.raises(ValueError, match="unknown evaluations 'first'; one of last, all"):
         read_rows([tmp_path], evaluations="first")
-    with pytest.raises(ValueError, match=r"a row has no 'eror', did you mean error\? \(run.jsonl\)"):
+    with pytest.raises(ValueError, match=r"a row has no 'eror' \(did you mean error\?\) \(run.jsonl\)"):
         column([{"error": 1, "record": "run.jsonl"}], "eror")
     for value in ("x", None, True, float("nan")):
         with pytest.raises(ValueError, match="'error' must be a finite number in every row, got"):
@@ -98,7 +98,7 @@ def test_groups() -> None:
     grouped = group_rows(rows, ["structure", "rank"])
     assert {name: len(group) for name, group in grouped.items()} == {"low_rank, rank 2": 2, "dense": 1, "low_rank": 1}
     assert list(group_rows(rows, [])) == ["all"]
-    with pytest.raises(ValueError, match=r"a row has no 'structur', did you mean structure\?"):
+    with pytest.raises(ValueError, match=r"a row has no 'structur' \(did you mean structure\?\)"):
         group_rows(rows, ["structur"])
     assert select(rows, {"structure": "low_rank", "rank": "2"}) == [rows[0], rows[3]]
     assert select(rows, {}) == rows

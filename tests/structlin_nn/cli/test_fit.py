@@ -142,9 +142,9 @@ def test_few_points() -> None:
     ("words", "message"),
     [
         ("nowhere.csv", "nowhere.csv does not exist"),
-        ("{} --x macs --y eror", "a row has no 'eror', did you mean error?"),
+        ("{} --x macs --y eror", "a row has no 'eror' (did you mean error?)"),
         ("{} --x macs --y structure", "'structure' must be a finite number in every row, got 'dense'"),
-        ("{} --x macs --y error --group structur", "a row has no 'structur', did you mean structure?"),
+        ("{} --x macs --y error --group structur", "a row has no 'structur' (did you mean structure?)"),
         ("{} --x macs --y error --reference btt", "there is no group 'btt' to compare with"),
         ("{} --x macs --y error --where structure", "argument --where: must be COLUMN=VALUE, got 'structure'"),
         ("{} --x macs --y error --confidence 95", "--confidence must be between 0 and 1, got 95"),
@@ -279,7 +279,7 @@ def test_allocation_without_a_law(approach: int, tmp_path: Path, capsys: pytest.
         ("--size params --data tokens --budget inf", "--budget must be positive and finite, got inf"),
         ("--size params --data tokens --shared E,gamma", "unknown term 'gamma' in shared"),
         ("--size params --data tokens --approach 2 --plot a.png", "--plot is an option of --approach 3"),
-        ("--size parms --data tokens", "a row has no 'parms', did you mean params?"),
+        ("--size parms --data tokens", "a row has no 'parms' (did you mean params?)"),
     ],
 )
 def test_misuse_of_two_sizes(words: str, message: str, sizes: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,18 +31,18 @@ def captured(capsys: pytest.CaptureFixture[str]) -> Captured:
 
 MISUSE = {
     "": "a command is needed: demo, prepare, train, ",
-    "trian": "unknown command 'trian', did you mean train?",
-    "--hlep": "unknown option --hlep, did you mean --help?",
-    "structures --jsn": "unknown option --jsn, did you mean --json?",
+    "trian": "unknown command 'trian' (did you mean train?)",
+    "--hlep": "unknown option --hlep (did you mean --help?)",
+    "structures --jsn": "unknown option --jsn (did you mean --json?)",
     "structures extra": "unrecognized arguments: extra",
     "count": "the following arguments are required: MODEL, --width",
     "count cifar-mlp": "the following arguments are required: --width",
     "count cifar-mlp --width": "argument --width: expected one argument",
     "count cifar-mlp --width 6.5": "argument --width: invalid int value: '6.5'",
-    "count cifar-mlp --widht 64": "unknown option --widht, did you mean --width?",
-    "count --widht 64 cifar-mlp": "unknown option --widht, did you mean --width?",
-    "count cifar-mlp --wid 64": "unknown option --wid, did you mean --width?",
-    "count cifar-mpl --width 64": "unknown model 'cifar-mpl', did you mean cifar-mlp?",
+    "count cifar-mlp --widht 64": "unknown option --widht (did you mean --width?)",
+    "count --widht 64 cifar-mlp": "unknown option --widht (did you mean --width?)",
+    "count cifar-mlp --wid 64": "unknown option --wid (did you mean --width?)",
+    "count cifar-mpl --width 64": "unknown model 'cifar-mpl' (did you mean cifar-mlp?)",
     "count cifar-mlp --width 64 --structure monarch --rank 2": "structure 'monarch' has no option 'rank'",
     "count cifar-mlp --width 64 --structure kronekcer": "unknown structure 'kronekcer'",
     "count cifar-mlp --width 64 --heads 4": "model 'cifar-mlp' has no size 'heads'",
@@ -53,7 +53,7 @@ MISUSE = {
     "count cifar-mlp --width 64 --structure einsum --option theta=[1": "the value of theta must be JSON",
     "count cifar-mlp --width 64 --structure low_rank --rank 2 --option rank=3": "the structure is given twice: 2 and 3",
     "train": "the following arguments are required: NAME",
-    "train cifr": "unknown name 'cifr', did you mean cifar?",
+    "train cifr": "unknown name 'cifr' (did you mean cifar?)",
     "train cifar --data nowhere": "nowhere does not exist; expected cifar-10-batches-bin",
     "train cifar --data nowhere --data-set cifar100": "nowhere does not exist; expected cifar-100-binary",
     "train cifar --data nowhere --data-set fashion": "fashion is embedded in the package and takes no root",
@@ -64,7 +64,7 @@ MISUSE = {
     "demo --seed -1": "seed must be at least 0, got -1",
     "demo --workers 0": "argument --workers: must be a positive integer, got '0'",
     "demo --out file": "--out must be a folder, and file is a file",
-    "demo --qick": "unknown option --qick, did you mean --quick?",
+    "demo --qick": "unknown option --qick (did you mean --quick?)",
 }
 
 

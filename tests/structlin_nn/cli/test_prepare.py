@@ -75,14 +75,14 @@ def test_openwebtext(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 MISUSE = {
-    "txt": "unknown name 'txt', did you mean text?",
+    "txt": "unknown name 'txt' (did you mean text?)",
     "text": "required: --out",
     "text file --pydoc --out x": "--pydoc takes no files, got 'file'",
     "text --pydoc --out file": "must be a folder, and file is a file",
     "text --pydoc --out x --workers 0": "must be a positive integer, got '0'",
     "text --pydoc --out x --resize 3": "unknown option --resize",
     "text nowhere --out x --tokenizer bytes": "nowhere does not exist",
-    "text --pydoc --out x --tokenizer byte": "unknown tokenizer 'byte', did you mean bytes?",
+    "text --pydoc --out x --tokenizer byte": "unknown tokenizer 'byte' (did you mean bytes?)",
     "openwebtext file --out x": "unrecognized arguments: file",
     "openwebtext --out x --tokenizer auto": "unknown tokenizer 'auto'",
 }

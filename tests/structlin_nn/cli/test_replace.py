@@ -55,11 +55,11 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch, capsys):
     assert next(open_named("my_models:make").parameters()).is_meta
     assert next(open_named("my_models:make", device=None).parameters()).device == torch.get_default_device()
     for model, words in (
-        ("my_models:mkae", "module my_models has no 'mkae', did you mean make?"),
+        ("my_models:mkae", "module my_models has no 'mkae' (did you mean make?)"),
         ("my_model:make", "my_model:make cannot be imported"),
         ("my_models:number", "must give a torch.nn.Module, got a int"),
         ("gpt2", "a model is timm:NAME, hf:CONFIG"),
-        ("hf:llamma", "transformers has no model type 'llamma', did you mean llama?"),
+        ("hf:llamma", "transformers has no model type 'llamma' (did you mean llama?)"),
     ):
         assert main(["replace", model, "--structure", "low_rank"]) == 2, model
         assert words in capsys.readouterr().err

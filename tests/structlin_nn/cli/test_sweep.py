@@ -113,10 +113,10 @@ def test_what_fails_does_not_stop_the_others(folder: Path, capsys: pytest.Captur
     ("line", "message"),
     [
         ("sweep", "the following arguments are required: NAME, one of cifar-mlp"),
-        ("sweep deltah", "unknown sweep 'deltah', did you mean delta-h?"),
+        ("sweep deltah", "unknown sweep 'deltah' (did you mean delta-h?)"),
         ("sweep nothing.py", "nothing.py does not exist"),
         ("sweep empty.py", "must define SWEEP"),
-        ("sweep mine.py --set widht=3", "unknown key 'widht', did you mean width?"),
+        ("sweep mine.py --set widht=3", "unknown key 'widht' (did you mean width?)"),
         ("sweep mine.py --dry-run --only x*", "--only x* matches none of the runs dense-w8, dense-w16"),
         ("sweep mine.py --workers 0", "argument --workers: must be a positive integer, got '0'"),
         ("sweep mine.py --launcher x", "--launcher is for the commands"),

@@ -100,7 +100,7 @@ class TestBytes:
     def test_refused(self) -> None:
         with pytest.raises(ValueError, match="unknown optimizer 'lion'; one of adam, adamw, sign, sgd"):
             training_bytes(two_layers(), optimizer="lion")
-        with pytest.raises(ValueError, match="unknown dtype 'int4'; one of float64, float32, bfloat16, float16"):
+        with pytest.raises(ValueError, match=r"unknown dtype 'int4' \(did you mean int8\?\); one of float64, float32"):
             training_bytes(two_layers(), dtype="int4")
 
 
@@ -144,7 +144,7 @@ class TestRoofline:
             assert found.rate("int8") >= 1.99 * found.rate("bfloat16"), "half the bytes, twice the rate"
             assert found.peak.get("float8_e5m2", 2e15) >= 1.99 * found.rate("bfloat16")
         assert device("a100") is DEVICES["a100"]
-        with pytest.raises(ValueError, match="unknown device 'b300'; one of a100, h100, h200, b200, l40s, rtx4090, c"):
+        with pytest.raises(ValueError, match=r"unknown device 'b300' \(did you mean b200\?\); one of a100, h100, h200"):
             device("b300")
         with pytest.raises(ValueError, match="the rate of toy in 'float64' is not known; one of float32, bfloat16"):
             TOY.rate("float64")

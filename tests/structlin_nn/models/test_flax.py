@@ -77,7 +77,7 @@ def test_zero_initialised_layers_are_those_of_torch() -> None:
 
 
 def test_refuses() -> None:
-    with pytest.raises(ValueError, match="unknown model 'gtp2'; one of cifar-mlp, cifar-vit, imagenet-vit, gpt2"):
+    with pytest.raises(ValueError, match=r"unknown model 'gtp2' \(did you mean gpt2\?\); one of cifar-mlp, cifar-vit"):
         build_model("gtp2", width=64, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="has no size 'heds'"):
         base_model("cifar-vit", heds=3)

@@ -14,7 +14,7 @@ from structlin_nn.recipes._torch import Steps
 class TestStrictness:
     @pytest.mark.parametrize(("key", "near"), [("widht", "width"), ("btach_size", "batch_size")])
     def test_unknown_key_names_the_nearest(self, key: str, near: str) -> None:
-        with pytest.raises(ValueError, match=f"unknown key '{key}' in the configuration, did you mean {near}"):
+        with pytest.raises(ValueError, match=rf"unknown key '{key}' in the configuration \(did you mean {near}"):
             cifar.Config.from_dict({key: 1})
 
     @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ class TestStrictness:
             ({"width": 0}, "width must be at least 1, got 0"),
             ({"lr": float("nan")}, "lr must be finite"),
             ({"lr": 0.0}, "lr must be positive"),
-            ({"structure": "monach"}, "unknown structure 'monach', did you mean monarch"),
+            ({"structure": "monach"}, r"unknown structure 'monach' \(did you mean monarch"),
             ({"layers": "most"}, "unknown layers 'most'"),
             ({"weight_decay": 0.1}, "needs optimizer='adamw'"),
             ({"schedule": "constant", "final_lr": 0.1}, "is the end of a cosine"),
@@ -42,7 +42,7 @@ class TestStrictness:
             ({"ema": 1.0}, "ema must be from 0 to below 1"),
             ({"model": "cifar-vit", "bias": False}, "bias=False is for cifar-mlp"),
             ({"optimizer": "muon"}, "adam_lr and optimizer='muon' must be given together"),
-            ({"structure": "monarch", "options": {"blcoks": 4}}, "no option 'blcoks', did you mean blocks"),
+            ({"structure": "monarch", "options": {"blcoks": 4}}, r"no option 'blcoks' \(did you mean blocks"),
         ],
     )
     def test_wrong_value(self, values: dict[str, Any], message: str) -> None:
@@ -57,7 +57,7 @@ class TestStrictness:
             (
                 imagenet.Config,
                 {"model": "resnet"},
-                r"unknown model 'resnet' .one of imagenet-vit, timm:NAME, hf:CONFIG",
+                r"unknown model 'resnet'; one of imagenet-vit, timm:NAME, hf:CONFIG",
             ),
             (flax_cifar.Config, {"precision": "bfloat16"}, "precision must be 'float32' in flax, got 'bfloat16'"),
             (flax_cifar.Config, {"compile": True}, "compile must be False in flax"),
@@ -133,7 +133,7 @@ class TestRecipes:
             "rank": 3, "factorization": "greedy",
         }  # fmt: skip
         assert recipe("cifar-vit", structure="low_rank", options={"rank": 3}).options == {"rank": 3}
-        with pytest.raises(ValueError, match="unknown model 'gtp2', did you mean gpt2"):
+        with pytest.raises(ValueError, match=r"unknown model 'gtp2' \(did you mean gpt2"):
             recipe("gtp2")
 
 

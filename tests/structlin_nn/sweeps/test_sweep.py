@@ -46,7 +46,7 @@ class TestPaper:
 
     def test_names(self) -> None:
         assert names() == ["cifar-mlp", "cifar-vit", "delta-h", "gpt2", "imagenet", "lr-landscape"]
-        with pytest.raises(ValueError, match="unknown sweep 'deltah', did you mean delta-h"):
+        with pytest.raises(ValueError, match=r"unknown sweep 'deltah' \(did you mean delta-h"):
             find("deltah")
 
     @pytest.mark.parametrize("name", names())
