@@ -415,6 +415,10 @@ class BlockProblem:
         able = [k for k in KINDS if (keeps or KEPT not in k) and not (self.train and k == HALF)]
         return [k for k in able if self.block.program(dtype, k) is not None]
 
+    def able(self) -> set[str]:
+        """Return layer after layer, and the passes of :meth:`kinds`."""
+        return {SEPARATE, *(f"block-{kind}" for kind in self.kinds())}
+
     def _problems(self) -> list[choice.Problem]:
         """Return the problem of each layer."""
         return [
@@ -448,8 +452,8 @@ class BlockProblem:
         seconds = sum(choice.way_of(problem).seconds(problem) for problem in self._problems())
         if name == SEPARATE or seconds < choice.WORTH:
             return []
-        able = {SEPARATE, *(f"block-{kind}" for kind in self.kinds())}
-        return [one for one in dict.fromkeys((name, name.removesuffix(KEPT), self._half, SEPARATE)) if one in able]
+        ways = dict.fromkeys((name, name.removesuffix(KEPT), self._half, SEPARATE))
+        return [one for one in ways if one in self.able()]
 
     @property
     def _half(self) -> str:

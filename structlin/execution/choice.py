@@ -442,6 +442,9 @@ class Alternatives(Protocol):
     def without(self) -> str:
         """The alternative that the policy ``-block`` takes."""
 
+    def able(self) -> Collection[str]:
+        """Return the alternatives that can run under the policy in force."""
+
     def estimate(self) -> str:
         """Return the alternative to take without measurements."""
 
@@ -456,8 +459,9 @@ def settle(question: Alternatives) -> str:
     """Return the chosen alternative: pinned by a resumed run, fastest as measured, or estimated."""
     policy, key = policy_of(policy_text()), question.key
     name = question.without if BLOCK in policy.without else _pinned.get(key)
-    if name is not None and KEPT in policy.without:
-        name = name.removesuffix(KEPT)
+    if name is not None:
+        name = name.removesuffix(KEPT) if KEPT in policy.without else name
+        name = name if name in question.able() else question.without
     if name is None and policy.names:
         name = question.estimate()  # names of a policy are those of ways for chains
     if name is None:

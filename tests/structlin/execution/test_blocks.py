@@ -170,7 +170,7 @@ def test_a_pass_up_to_the_hidden_features(gated: bool, kind: str, train: bool) -
         saved.append(t)
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with execution.using("products"), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         (y,) = block.by_pass(kind, x, operands, train)
     (expected,) = block.layers(x, operands, by_products)
     torch.testing.assert_close(y, expected)
@@ -475,8 +475,8 @@ def test_choices_without_stored_activations() -> None:
     choice.pin({problem.key: "block-halfkept"})
     try:
         with execution.using("measure,-kept"):
-            choice.settle(problem)
-            assert block._kind(torch.randn(64, 24), True) is None  # layer after layer
+            assert choice.settle(problem) == "separate"  # a half that stores nothing is not for training
+            assert block._kind(torch.randn(64, 24), True) is None
         with execution.using("measure"):
             assert block._kind(torch.randn(64, 24), True) == "halfkept"
     finally:
