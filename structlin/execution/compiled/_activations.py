@@ -20,7 +20,7 @@ __all__ = ["ACTIVATIONS", "activation"]
 EXP_DEGREE = {"float": 7, "double": 13}
 ERFC_DEGREE = {"float": 10, "double": 24}
 SHIFT = {"float": 1.5 * 2**23, "double": 1.5 * 2**52}  # to add it rounds to whole numbers, and puts them into low bits
-BIAS, MANTISSA = {"float": 127, "double": 1023}, {"float": 23, "double": 52}
+MANTISSA = {"float": 23, "double": 52}  # bits
 RANGE = {"float": 87.0, "double": 708.0}  # of arguments of exp whose result is a normal number
 # log(2) in two parts, of which the first has so few digits that its product with a whole number is exact.
 LOG2_HIGH = {"float": 0.693359375, "double": 0.693147180369123816490}

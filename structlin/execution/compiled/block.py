@@ -30,7 +30,6 @@ from structlin.execution.compiled._writer import At, Pass, Writer
 __all__ = ["BlockProgram", "BlockSpec", "Chain", "make_block"]
 
 Chain = tuple[tuple[Step, ...], tuple[tuple[str, int], ...], int, int]  # steps, sizes, d_in, d_out
-NORMS = ("layer", "rms")
 
 
 @dataclass(frozen=True)
@@ -148,10 +147,6 @@ class BlockProgram:
     def _direct(self, program: Program) -> bool:
         """Whether a row of the input lies in scratch memory as the chain reads it."""
         return program.schedule.widths[0] == self.spec.d_in and program.schedule.rows[0] == self.row
-
-    def _input_forms(self, program: Program, forms: Forms) -> None:
-        for operation in program.schedule.forward[:1]:
-            forms.read("state", 0, operation.reads)
 
     def _forward(self, keeps: bool) -> Pass:
         spec = self.spec
