@@ -50,41 +50,15 @@ assert _FUNCTIONS.keys() == ACTIVATIONS.keys()
 
 
 @dataclass(frozen=True, eq=False)
-class TorchBlock:
-    """The computation of a block, as :class:`structlin.execution.compiled.block.BlockSpec`; see :func:`torch_block`.
+class TorchBlock(BlockSpec):
+    """The computation of a block on tensors; see :func:`torch_block`."""
 
-    ``first``: the structures that read the input (tokens, d_in); ``second``: the one that reads the hidden features.
-    """
-
-    first: tuple[Structure, ...]
-    second: Structure | None
-    activation: str | None
-    biases: tuple[bool, ...]
-    norm: str | None = None
-    eps: float = 0.0
-    affine: tuple[bool, bool] = (False, False)
-    residual: bool = False
     _taken: dict[tuple[Any, ...], str | None] = field(default_factory=dict, init=False, repr=False)
-
-    @cached_property
-    def structures(self) -> tuple[Structure, ...]:
-        """All structures, in the order in which they are applied."""
-        return self.first if self.second is None else (*self.first, self.second)
 
     @cached_property
     def macs(self) -> int:
         """The MACs of one token."""
         return sum(structure.macs for structure in self.structures)
-
-    @cached_property
-    def _spec(self) -> BlockSpec:
-        def chain(s: Structure) -> tuple[Any, ...]:
-            return s.steps, s.sizes, s.d_in, s.d_out
-
-        first, second = tuple(map(chain, self.first)), None if self.second is None else chain(self.second)
-        return BlockSpec(
-            first, second, self.activation, self.biases, self.norm, self.eps, self.affine, self.residual
-        )  # fmt: skip
 
     @cached_property
     def half(self) -> TorchBlock | None:
@@ -103,7 +77,7 @@ class TorchBlock:
         if (TILES in kind and dtype is not torch.bfloat16) or (KEPT in kind and self.activation is None):
             return None
         block = kind.removesuffix(KEPT)
-        return make_block(self._spec, NAMES[dtype], target, int(block) if block.isdecimal() else None)
+        return make_block(self, NAMES[dtype], target, int(block) if block.isdecimal() else None)
 
     def layers(self, x: Tensor, operands: Sequence[Tensor | None], run: Run) -> tuple[Tensor, ...]:
         """Return the outputs layer after layer, with ``run(structure, h, factors, bias)`` for each of them.
@@ -218,7 +192,7 @@ class TorchBlock:
         program = self.program(x.dtype, kind)
         assert program is not None
         weight, shift, biases, factors = self._parts(program, operands)
-        outputs = tuple(advised(torch.empty(len(x), size, dtype=x.dtype)) for size in self._spec.outputs)
+        outputs = tuple(advised(torch.empty(len(x), size, dtype=x.dtype)) for size in self.outputs)
         x = x.contiguous()
         packed = [Packed(whole(p), "forward", range(len(f)), f) for p, f in zip(program.programs, factors, strict=True)]
         given = [t for t in (weight, shift, *biases) if t is not None]

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
-from structlin._parse import Step
 from structlin.execution.compiled._emit import Emitter, Memory
 from structlin.execution.compiled._forms import Array, Forms, Key
 from structlin.execution.compiled._ir import Int
@@ -26,24 +25,23 @@ from structlin.execution.compiled._rows import Rows
 from structlin.execution.compiled._schedule import row as row_of
 from structlin.execution.compiled._target import Target
 from structlin.execution.compiled._writer import At, Pass, Writer
+from structlin.structure import Structure
 
-__all__ = ["BlockProgram", "BlockSpec", "Chain", "make_block"]
-
-Chain = tuple[tuple[Step, ...], tuple[tuple[str, int], ...], int, int]  # steps, sizes, d_in, d_out
+__all__ = ["BlockProgram", "BlockSpec", "make_block"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockSpec:
     """The computation of a block.
 
-    ``first``: the chains that read the input; ``second``: the one that reads the hidden features, None if there are
-    none. ``activation`` is applied to the output of the first chain, which multiplies that of the other one if there
-    are two (``silu(gate(x)) * up(x)``). ``biases``: of which chains there is one. ``norm``: ``layer`` or ``rms``, with
-    ``eps``, and whether it has a weight and a bias. ``residual``: add the input to the output.
+    ``first``: the chains that read the input (tokens, d_in); ``second``: the one that reads the hidden features, None
+    if there are none. ``activation`` is applied to the output of the first chain, which multiplies that of the other
+    one if there are two (``silu(gate(x)) * up(x)``). ``biases``: of which chains there is one. ``norm``: ``layer`` or
+    ``rms``, with ``eps``, and whether it has a weight and a bias. ``residual``: add the input to the output.
     """
 
-    first: tuple[Chain, ...]
-    second: Chain | None
+    first: tuple[Structure, ...]
+    second: Structure | None
     activation: str | None
     biases: tuple[bool, ...]
     norm: str | None = None
@@ -51,22 +49,22 @@ class BlockSpec:
     affine: tuple[bool, bool] = (False, False)
     residual: bool = False
 
-    @property
-    def chains(self) -> tuple[Chain, ...]:
-        """The chains of the block in order."""
+    @cached_property
+    def structures(self) -> tuple[Structure, ...]:
+        """All chains, in the order in which they are applied."""
         return self.first if self.second is None else (*self.first, self.second)
 
     @property
     def d_in(self) -> int:
         """Number of input features."""
-        return self.first[0][2]
+        return self.first[0].d_in
 
     @property
     def outputs(self) -> tuple[int, ...]:
         """Numbers of a row of each output."""
         if self.second is not None:
-            return (self.second[3],)
-        return tuple(chain[3] for chain in (self.first if self.activation is None else self.first[:1]))
+            return (self.second.d_out,)
+        return tuple(s.d_out for s in (self.first if self.activation is None else self.first[:1]))
 
 
 class BlockProgram:
@@ -456,10 +454,10 @@ class _Frame:
 def make_block(spec: BlockSpec, dtype: str, target: Target, block: int | None = None) -> BlockProgram | None:
     """Return the passes; None if a chain has no schedule, or a ``target`` with tiles has no product that uses them."""
     programs = []
-    for number, (steps, sizes, d_in, d_out) in enumerate(spec.chains):
+    for number, s in enumerate(spec.structures):
         inner_out = spec.activation is not None and number < len(spec.first)
         program = make_program(
-            steps, sizes, d_in, d_out, True, dtype, target, None, True, block, (True, inner_out)
+            s.steps, s.sizes, s.d_in, s.d_out, True, dtype, target, None, True, block, (True, inner_out)
         )  # fmt: skip
         if program is None:
             return None
