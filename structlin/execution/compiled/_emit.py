@@ -292,10 +292,7 @@ class Emitter:
                     held = [self.load(source, code.add(first, code.add(k, more)), lanes) for more in (0, inside)]
                     return self.store_pairs(target, place, (held[0], held[1]), lanes)
 
-                whole = inside // self.lanes * self.lanes
-                code.loop(0, whole, self.lanes, lambda k, _: vector(k, self.lanes))
-                if whole < inside:
-                    vector(whole, inside - whole)
+                code.parts(inside, self.lanes, vector)
 
             def pairs(at: Int, _: Values) -> None:
                 code.loop(0, size // 2, 1, lambda p, _: pair(at, p))
@@ -368,10 +365,8 @@ class Emitter:
                 self._put_masked(target, code.add(code.multiply(code.add(k, r), total), first), row, mask)
 
         def tokens(first: Int, _: Values) -> None:
-            mask, whole = self._active(first), width // lanes * lanes
-            code.loop(0, whole, lanes, lambda k, _: square(first, mask, k, lanes))
-            if whole < width:
-                square(first, mask, whole, width - whole)
+            mask = self._active(first)
+            code.parts(width, lanes, lambda k, count: square(first, mask, k, count))
 
         code.loop(0, self.tokens, lanes, tokens)
 

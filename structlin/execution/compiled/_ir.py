@@ -107,6 +107,13 @@ class Code:
             return after
         return [self.value(f"phi {t} [ {first}, %{before} ], [ {again}, %{last} ]") for t, _, first, again in merged]
 
+    def parts(self, size: int, step: int, body: Callable[[Int, int], None]) -> None:
+        """``body(start, count)`` for each part of ``size``: whole ones of ``step`` in a loop, and then the rest."""
+        whole = size // step * step
+        self.loop(0, whole, step, lambda k, _: body(k, step))
+        if whole < size:
+            body(whole, size - whole)
+
     def _open(self, block: str) -> None:
         self.lines.append(f"{block}:")
         self._block = block

@@ -10,6 +10,8 @@ from structlin.execution.compiled._activations import activation
 from structlin.execution.compiled._emit import Emitter, Memory
 from structlin.execution.compiled._ir import Int, Values
 
+Place = tuple[Memory, int]  # an array, and its numbers from row to row
+
 
 class Norm(Protocol):
     """The norm of rows of ``d_in`` numbers: ``layer``, ``rms`` or None."""
@@ -30,11 +32,7 @@ class Rows:
 
     def _vectors(self, width: int, body: Callable[[Int, int], None]) -> None:
         """``body(first, lanes)`` for all vectors of a row."""
-        lanes = self.emitter.lanes
-        whole = width // lanes * lanes
-        self.code.loop(0, whole, lanes, lambda k, _: body(k, lanes))
-        if whole < width:
-            body(whole, width - whole)
+        self.code.parts(width, self.emitter.lanes, body)
 
     def _tokens(self, body: Callable[[Int], None]) -> None:
         self.code.loop(0, self.emitter.tokens, 1, lambda number, _: body(number))
@@ -53,94 +51,73 @@ class Rows:
 
         code.loop(emitter.tokens, emitter.even, 1, token)
 
-    def add(self, source: Memory, stride: int, target: Memory, to_stride: int, width: int) -> None:
-        emitter, code = self.emitter, self.code
-
-        def token(number: Int) -> None:
-            start, to = code.multiply(number, stride), code.multiply(number, to_stride)
-
-            def vector(k: Int, lanes: int) -> None:
-                place = code.add(to, k)
-                a, b = emitter.load(source, code.add(start, k), lanes), emitter.load(target, place, lanes)
-                emitter.store(target, place, code.value(f"fadd {emitter.vector} {a}, {b}"), lanes)
-
-            self._vectors(width, vector)
-
-        self._tokens(token)
-
-    def activate(
-        self, name: str, hidden: Sequence[tuple[Memory, int]], target: Memory, row: int, width: int, wide: int,
-        slopes: bool = False,
+    def _map(
+        self, width: int, read: Sequence[Place], written: Sequence[Place], compute: Callable[..., Sequence[str]],
+        wide: Sequence[int] = (),
     ) -> None:  # fmt: skip
-        """Write the features; ``slopes``: the derivative overwrites the only input of the activation."""
+        """Write to the rows of some arrays the vectors that ``compute`` makes of those of others.
+
+        ``wide``: up to which number zeros follow in each row that is written.
+        """
         emitter, code = self.emitter, self.code
 
         def token(number: Int) -> None:
-            starts, to = [code.multiply(number, stride) for _, stride in hidden], code.multiply(number, row)
+            starts, to = ([code.multiply(number, row) for _, row in arrays] for arrays in (read, written))
 
             def vector(k: Int, lanes: int) -> None:
                 held = [
                     emitter.load(memory, code.add(start, k), lanes)
-                    for (memory, _), start in zip(hidden, starts, strict=True)
+                    for (memory, _), start in zip(read, starts, strict=True)
                 ]
-                value, slope = activation(name, emitter, held[0])
-                if slopes:
-                    emitter.store(hidden[0][0], code.add(starts[0], k), slope, lanes)
-                for other in held[1:]:
-                    value = code.value(f"fmul {emitter.vector} {value}, {other}")
-                emitter.store(target, code.add(to, k), value, lanes)
+                for (memory, _), start, value in zip(written, to, compute(*held), strict=True):
+                    emitter.store(memory, code.add(start, k), value, lanes)
 
             self._vectors(width, vector)
-            self._zeros(target, to, width, wide)
+            for (memory, _), start, full in zip(written, to, wide, strict=False):
+                self._zeros(memory, start, width, full)
 
         self._tokens(token)
 
-    def slopes(self, name: str, hidden: tuple[Memory, int], width: int) -> None:
+    def _multiply(self, a: str, b: str) -> str:
+        return self.code.value(f"fmul {self.emitter.vector} {a}, {b}")
+
+    def add(self, source: Place, target: Place, width: int) -> None:
+        """Add rows to others."""
+        kind = self.emitter.vector
+        self._map(width, [source, target], [target], lambda a, b: [self.code.value(f"fadd {kind} {a}, {b}")])
+
+    def activate(
+        self, name: str, hidden: Sequence[Place], target: Place, width: int, wide: int, slopes: bool = False
+    ) -> None:  # fmt: skip
+        """Write the features; ``slopes``: the derivative overwrites the only input of the activation."""
+
+        def features(first: str, *others: str) -> list[str]:
+            value, slope = activation(name, self.emitter, first)
+            for other in others:
+                value = self._multiply(value, other)
+            return [value, slope] if slopes else [value]
+
+        self._map(width, hidden, [target, *(hidden if slopes else ())], features, [wide])
+
+    def slopes(self, name: str, hidden: Place, width: int) -> None:
         """Overwrite the input of the activation by the derivative."""
-        emitter, code, (memory, row) = self.emitter, self.code, hidden
-
-        def token(number: Int) -> None:
-            start = code.multiply(number, row)
-
-            def vector(k: Int, lanes: int) -> None:
-                place = code.add(start, k)
-                emitter.store(memory, place, activation(name, emitter, emitter.load(memory, place, lanes))[1], lanes)
-
-            self._vectors(width, vector)
-
-        self._tokens(token)
+        self._map(width, [hidden], [hidden], lambda x: activation(name, self.emitter, x)[1:])
 
     def derive(
-        self, name: str, hidden: Sequence[tuple[Memory, int]], gradient: Memory, row: int, width: int,
-        wide: Sequence[int],
+        self, name: str, hidden: Sequence[Place], gradient: Place, width: int, wide: Sequence[int]
     ) -> None:  # fmt: skip
         """Overwrite the input of the activation by its gradient, given that of the features; zeros beyond ``width``.
 
         If there is one input, its derivative has already overwritten it (:meth:`activate`).
         """
-        emitter, code = self.emitter, self.code
 
-        def token(number: Int) -> None:
-            starts, at = [code.multiply(number, stride) for _, stride in hidden], code.multiply(number, row)
+        def gradients(flow: str, slope: str, *others: str) -> list[str]:
+            if not others:
+                return [self._multiply(flow, slope)]
+            value, slope = activation(name, self.emitter, slope)
+            return [self._multiply(self._multiply(flow, others[0]), slope), self._multiply(flow, value)]
 
-            def vector(k: Int, lanes: int) -> None:
-                places = [code.add(start, k) for start in starts]
-                held = [emitter.load(memory, place, lanes) for (memory, _), place in zip(hidden, places, strict=True)]
-                flow = emitter.load(gradient, code.add(at, k), lanes)
-                slope, found = held[0], []
-                if len(held) > 1:
-                    value, slope = activation(name, emitter, held[0])
-                    found = [code.value(f"fmul {emitter.vector} {flow}, {value}")]
-                    flow = code.value(f"fmul {emitter.vector} {flow}, {held[1]}")
-                found.insert(0, code.value(f"fmul {emitter.vector} {flow}, {slope}"))
-                for (memory, _), place, new in zip(hidden, places, found, strict=True):
-                    emitter.store(memory, place, new, lanes)
-
-            self._vectors(width, vector)
-            for (memory, _), start, full in zip(hidden, starts, wide, strict=True):
-                self._zeros(memory, start, width, full)
-
-        self._tokens(token)
+        self._map(width, [gradient, *hidden], hidden, gradients, wide)
 
     # -- norms ---------------------------------------------------------------------------------------------------------
 

@@ -129,7 +129,7 @@ class Turn:
                     held = vectors.load_some(here, code.add(first, k), count)
                     vectors.store_some(there, code.add(place, k), held, count)
 
-            each(self.outer, 1, lambda i, _: each(self.inner, 1, lambda j, _: run(i, j)))
+            code.parts(self.outer, 1, lambda i, _: code.parts(self.inner, 1, lambda j, _: run(i, j)))
 
         def squares(start: Int, to: Int) -> None:
             def square(i: Int, high: int, j: Int, wide: int) -> None:
@@ -143,14 +143,10 @@ class Turn:
                     vectors.store(there, code.add(place, r * to_by), found, high)
 
             lanes = vectors.lanes
-            each(self.outer, lanes, lambda i, high: each(self.inner, lanes, lambda j, wide: square(i, high, j, wide)))
-
-        def each(size: int, step: int, body: Callable[[Int, int], None]) -> None:
-            """``body`` with the start of each part of ``size``, and how much of it there is."""
-            whole = size // step * step
-            code.loop(0, whole, step, lambda k, _: body(k, step))
-            if whole < size:
-                body(whole, size - whole)
+            code.parts(
+                self.outer, lanes,
+                lambda i, high: code.parts(self.inner, lanes, lambda j, wide: square(i, high, j, wide)),
+            )  # fmt: skip
 
         body = runs if self.unit > (1 if converts else 2) else squares
 
@@ -273,10 +269,7 @@ def turn_tokens(emitter: Emitter, source: Memory, row: int, width: int, target: 
             vectors.store(target, code.add(place, r * step), found, SIDE)
 
     def rows(i: Int, _: Values) -> None:
-        whole = width // SIDE * SIDE
-        code.loop(0, whole, SIDE, lambda j, _: square(i, j, SIDE))
-        if whole < width:
-            square(i, whole, width - whole)
+        code.parts(width, SIDE, lambda j, wide: square(i, j, wide))
 
     code.loop(0, pairs, SIDE, rows, once=True)
 

@@ -185,7 +185,7 @@ class BlockProgram:
                         wide = program.strides[1], program.d_out
                         program.write(emitter, source, program.schedule.rows[last[number]], at(y), wide)
                     if spec.residual:
-                        rows.add(at(frame.x), spec.d_in, at(y), spec.d_in, spec.d_in)
+                        rows.add((at(frame.x), spec.d_in), (at(y), spec.d_in), spec.d_in)
             if self.half:
                 self._activate(rows, at, frame, slopes=keeps)
                 for number in range(len(self.first)):
@@ -343,7 +343,7 @@ class BlockProgram:
         if self.second is not None:
             width, wide = self.second.d_in, self.second.schedule.widths[0]
         slopes = slopes and len(hidden) == 1  # otherwise the gradients are computed from all of them
-        rows.activate(self.spec.activation, hidden, at(target), row, width, wide, slopes)
+        rows.activate(self.spec.activation, hidden, (at(target), row), width, wide, slopes)
         if self.second is None:
             return
         number = len(self.first)
@@ -361,7 +361,7 @@ class BlockProgram:
         else:
             gradient = at(frame.arrays[len(self.first)]["flow", 0, "plain"])
             row, size = self.second.schedule.rows[0], self.second.d_in
-        rows.derive(self.spec.activation, hidden, gradient, row, size, wide)
+        rows.derive(self.spec.activation, hidden, (gradient, row), size, wide)
         if even:
             for (memory, row), width in zip(hidden, wide, strict=True):
                 rows.clear(memory, row, width)
