@@ -12,7 +12,7 @@ then a vector of partial sums, which are added at the end.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from structlin.execution.compiled._target import Target
@@ -59,6 +59,12 @@ class Product:
     along: Axis | None = None
     paired: bool = False
 
+    def moved(self, to: Callable[[Axis], Axis]) -> Product:
+        """Return the product with other axes."""
+        summed, outer, near = (tuple(map(to, axes)) for axes in (self.summed, self.outer, self.near))
+        down = None if self.down is None else to(self.down)
+        return replace(self, across=to(self.across), down=down, summed=summed, outer=outer, near=near)
+
     def pairs(self) -> Product | None:
         """Return the product with numbers of 16 bits; it reads two neighbours along the innermost summed axis at once.
 
@@ -97,15 +103,9 @@ class Product:
                     between = a.right is not None and step <= a.right < (inner.right or 0)
                     return replace(a, right=(a.right or 0) * inner.size) if between else a
 
-                found = replace(
-                    self,
-                    summed=(
-                        *(moved(a) for a in summed if a is not inner),
-                        replace(inner, size=inner.size // 2, right=step),
-                    ),
-                    outer=tuple(map(moved, self.outer)),
-                    near=tuple(map(moved, self.near)),
-                )
+                rest = replace(self, summed=tuple(a for a in summed if a is not inner)).moved(moved)
+                pairs = replace(inner, size=inner.size // 2, right=step)
+                found = replace(rest, across=self.across, summed=(*rest.summed, pairs))
                 return found._halved(), axis, inner
         return None
 
@@ -124,16 +124,9 @@ class Product:
         def moved(a: Axis) -> Axis:
             return replace(a, right=a.right * inner.size) if a.right is not None and a.right < start else a
 
+        rest = replace(self, summed=tuple(a for a in self.summed if a is not inner)).moved(moved)
         pairs = replace(inner, size=inner.size // 2, right=2)
-        return replace(
-            self,
-            across=moved(self.across),
-            down=None if self.down is None else moved(self.down),
-            summed=(*(moved(a) for a in self.summed if a is not inner), pairs),
-            outer=tuple(map(moved, self.outer)),
-            near=tuple(map(moved, self.near)),
-            paired=True,
-        )
+        return replace(rest, summed=(*rest.summed, pairs), paired=True)
 
     @property
     def zips(self) -> bool:
@@ -146,10 +139,9 @@ class Product:
         def halved(axis: Axis) -> Axis:
             return replace(axis, right=None if axis.right is None else axis.right // 2)
 
-        summed = (*map(halved, self.summed[:-1]), self.summed[-1])
-        return replace(
-            self, summed=summed, outer=tuple(map(halved, self.outer)), near=tuple(map(halved, self.near)), paired=True
-        )
+        *rest, last = self.summed
+        found = replace(self, summed=tuple(rest)).moved(halved)
+        return replace(found, across=self.across, down=self.down, summed=(*found.summed, last), paired=True)
 
     @property
     def stores_pairs(self) -> bool:

@@ -199,10 +199,8 @@ def turned(product: Product, unit: int) -> tuple[Product, Turn] | None:
         return None
     whole = Axis(math.prod(sizes), None, 1, steps[-1])
 
-    def moved(axes: Sequence[Axis]) -> tuple[Axis, ...]:
-        return tuple(replace(a, left=whole.size) if a is others[0] else a for a in axes)
-
-    found = replace(product, summed=(whole,), outer=moved(product.outer), near=moved(product.near))
+    found = product.moved(lambda a: replace(a, left=whole.size) if a is others[0] else a)
+    found = replace(found, summed=(whole,))
     return found, Turn(first.size, inner.size, run, between.size)
 
 
@@ -226,21 +224,11 @@ def tokens_last(product: Product, block: int) -> Product:
     """Return the product with that copy, which has all pairs of tokens of a ``block`` for each number."""
     side, pairs = "right" if product.swapped else "left", block // 2
 
-    def moved(axis: Axis | None) -> Axis | None:
-        stride = None if axis is None else getattr(axis, side)
-        if axis is None or stride is None:
-            return axis
-        return replace(axis, **{side: stride * pairs if axis.size else 1})
+    def moved(axis: Axis) -> Axis:
+        stride = getattr(axis, side)
+        return axis if stride is None else replace(axis, **{side: stride * pairs if axis.size else 1})
 
-    def all_moved(axes: Sequence[Axis]) -> tuple[Axis, ...]:
-        return tuple(found for found in map(moved, axes) if found is not None)
-
-    across = moved(product.across)
-    assert across is not None
-    return replace(
-        product, across=across, down=moved(product.down), summed=all_moved(product.summed),
-        outer=all_moved(product.outer), near=all_moved(product.near),
-    )  # fmt: skip
+    return product.moved(moved)
 
 
 def clear_after(emitter: Emitter, memory: Memory, row: int, width: int) -> None:

@@ -74,10 +74,7 @@ def _of_sums(product: Product, width: int) -> tuple[Product, Turn] | None:
     def moved(axis: Axis) -> Axis:
         return replace(axis, **{side: exchanged[id(axis)]}) if id(axis) in exchanged else axis
 
-    found = replace(
-        product, down=moved(down), outer=tuple(map(moved, product.outer)), near=tuple(map(moved, product.near))
-    )
-    return found, Turn(down.size, inner.size, unit)
+    return product.moved(moved), Turn(down.size, inner.size, unit)
 
 
 def _outside(product: Product) -> Product:
