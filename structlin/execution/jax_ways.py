@@ -32,9 +32,8 @@ import numpy as np
 from structlin.execution import choice, jax_cpu, models
 from structlin.execution.choice import Problem, Way, register
 from structlin.execution.compiled import xla
-from structlin.execution.models import MEDIUM, PASSES, TINY
-from structlin.execution.rates import Rates, rates
-from structlin.execution.tuning import measure
+from structlin.execution.models import MEDIUM, TINY
+from structlin.execution.tuning import measured
 from structlin.structure import Structure
 
 __all__ = ["JaxWay", "run"]
@@ -102,28 +101,16 @@ class Dense(JaxWay, models.DenseWay):
         return y if bias is None else y + bias
 
 
-class Compiled(JaxWay):
+class Compiled(models.CompiledWay, JaxWay):
     """The passes that are compiled for the chain, which XLA calls (:mod:`.compiled.xla`)."""
 
     name = "compiled"
-    pointers = True
 
     def supports(self, problem: Problem) -> bool:
         return jax_cpu.chain_of(problem.structure, problem.rows).ready(problem.dtype) is not None
 
-    def least(self, problem: Problem) -> float:
-        macs = problem.structure.macs * problem.tokens * (PASSES if problem.train else 1)
-        return self._once(problem) + macs * _wide(problem).fastest / 4  # pairs, and a slow calibration
-
-    def seconds(self, problem: Problem) -> float:
-        return self._once(problem) + super().seconds(problem)
-
-    def _once(self, problem: Problem) -> float:
-        """Return the seconds of compilation per call."""
-        return (2 if problem.train else 1) * models.COMPILING
-
     def model(self, problem: Problem) -> float:
-        program, found = jax_cpu.chain_of(problem.structure, problem.rows).given(problem.dtype), _wide(problem)
+        program, found = jax_cpu.chain_of(problem.structure, problem.rows).given(problem.dtype), self.wide(problem)
         total = models.compiled(problem, program, found, back=False)
         return total + models.compiled(problem, program, found, back=True) if problem.train else total
 
@@ -133,23 +120,14 @@ class Compiled(JaxWay):
         return jax_cpu.chain(structure, factors, x, bias, rows)
 
 
-def _wide(problem: Problem) -> Rates:
-    """Return the rates of the dtype that compiled passes compute in."""
-    return rates("float64" if problem.dtype == "float64" else "float32", problem.threads, "jax")
-
-
 @lru_cache(maxsize=64)
 def _calibrated(dtype: str, threads: int, train: bool) -> dict[str, tuple[float, float]]:
     """Return, for each way, the seconds of a call, and the ratio of measured to modelled time of a medium chain."""
     small, medium = (
         Problem(structure, True, "jax", "cpu", dtype, tokens, threads, train) for structure, tokens in (TINY, MEDIUM)
     )
-    timed: list[dict[str, float]] = []
-    for problem in (small, medium):
-        known = choice.timings(problem)
-        among = [way for way in _WAYS if way.supports(problem)]
-        timed.append(known if len(known) >= len(among) else measure(problem, among, keep=True))
-    return models.calibrated(timed[0], timed[1], {way.name: partial(way.model, medium) for way in _WAYS})
+    calls, busy = (measured(problem, _WAYS) for problem in (small, medium))
+    return models.calibrated(calls, busy, {way.name: partial(way.model, medium) for way in _WAYS})
 
 
 products_way = Products()

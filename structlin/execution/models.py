@@ -25,6 +25,7 @@ __all__ = [
     "MEDIUM",
     "PASSES",
     "TINY",
+    "CompiledWay",
     "DenseWay",
     "EstimatedWay",
     "ProductsWay",
@@ -99,6 +100,30 @@ class DenseWay(EstimatedWay):
     def model(self, problem: Problem) -> float:
         """Return the seconds of products and copies, without calls."""
         return dense(problem, self.rates(problem))
+
+
+class CompiledWay(EstimatedWay):
+    """A way whose passes are compiled. The time of LLVM is divided among some calls."""
+
+    pointers = True
+    most = 4  # times the speed of products in float32, at most: of pairs, and if the calibration was slow
+
+    def compilations(self, problem: Problem) -> int:
+        """Return the number of passes that are compiled for a problem."""
+        return 2 if problem.train else 1
+
+    def wide(self, problem: Problem) -> Rates:
+        """Return the rates of the dtype that the passes compute in."""
+        return rates("float64" if problem.dtype == "float64" else "float32", problem.threads, self.library)
+
+    def least(self, problem: Problem) -> float:
+        """Return a lower bound of the time in seconds."""
+        macs = problem.structure.macs * problem.tokens * (PASSES if problem.train else 1)
+        return self.compilations(problem) * COMPILING + macs * self.wide(problem).fastest / self.most
+
+    def seconds(self, problem: Problem) -> float:
+        """Estimate the time of a problem in seconds."""
+        return self.compilations(problem) * COMPILING + super().seconds(problem)
 
 
 def makes_dense(problem: Problem) -> bool:

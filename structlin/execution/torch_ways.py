@@ -30,7 +30,7 @@ from structlin.execution.rates import rates
 from structlin.execution.token_major import token_major
 from structlin.execution.torch_cpu import Passes, chain_of
 from structlin.execution.torch_cuda import StridedWay, fused_way, strided_l2_way, strided_way
-from structlin.execution.tuning import measure
+from structlin.execution.tuning import measured
 from structlin.structure import Structure
 
 __all__ = ["TorchChain", "torch_chain"]
@@ -110,11 +110,8 @@ class Dense(TorchWay, models.DenseWay):
         return F.linear(x, transposed.mT, bias) if rows else transposed.mT @ x
 
 
-class PassesWay(TorchWay):
+class PassesWay(models.CompiledWay, TorchWay):
     """A forward and a backward pass over the memory of tensors; :meth:`.torch_cpu.CPUChain.passes` names the kinds."""
-
-    pointers = True
-    most = 4  # times the speed of products in float32, at most: of pairs, and if the calibration was slow
 
     def __init__(self, name: str, forward: str, back: str | None) -> None:
         self.name, self.forward, self.back = name, forward, back
@@ -130,19 +127,10 @@ class PassesWay(TorchWay):
         return all(kind is not None and chain.passes(kind, dtype) is not None for kind in kinds)
 
     def least(self, problem: Problem) -> float:
-        if problem.device != "cpu":
-            return math.inf
-        wide = "float64" if problem.dtype == "float64" else "float32"
-        macs = problem.structure.macs * problem.tokens * (models.PASSES if problem.train else 1)
-        return self._once(problem) + macs * rates(wide, problem.threads).fastest / self.most
+        return super().least(problem) if problem.device == "cpu" else math.inf
 
-    def seconds(self, problem: Problem) -> float:
-        return self._once(problem) + super().seconds(problem)
-
-    def _once(self, problem: Problem) -> float:
-        """Return the seconds of compilation per call."""
-        passes = (self.forward != "chunked") + (problem.train and self.back != "chunked")
-        return passes * models.COMPILING
+    def compilations(self, problem: Problem) -> int:
+        return (self.forward != "chunked") + (problem.train and self.back != "chunked")
 
     def model(self, problem: Problem) -> float:
         total = self._seconds(problem, self.forward, False)
@@ -150,7 +138,9 @@ class PassesWay(TorchWay):
 
     def _seconds(self, problem: Problem, kind: str, back: bool) -> float:
         if kind != "chunked":
-            return self._compiled(problem, kind, back)
+            program = self._compiled(problem, kind).program(problem.dtype)
+            assert program is not None
+            return models.compiled(problem, program, self.wide(problem), back, self.slices(problem, back))
         found, chain = self.rates(problem), chain_of(problem.structure, problem.rows).chunked
         times = (3 if self.forward != kind else 2) if back else 1  # what the other kind keeps is computed again
         done = sum(found.product(b, k, f, c * problem.tokens) for b, k, f, c in _steps(problem.structure))
@@ -158,13 +148,14 @@ class PassesWay(TorchWay):
         calls = 2 * chunks * len(problem.structure.steps) * found.call
         return times * (done + calls + (problem.structure.d_in + problem.structure.d_out) * problem.tokens * found.run)
 
-    def _compiled(self, problem: Problem, kind: str, back: bool) -> float:
+    def _compiled(self, problem: Problem, kind: str) -> FusedChain:
         passes = chain_of(problem.structure, problem.rows).passes(kind, getattr(torch, problem.dtype))
         assert isinstance(passes, FusedChain)
-        program = passes.program(problem.dtype)
-        assert program is not None
-        found = rates("float64" if problem.dtype == "float64" else "float32", problem.threads)
-        return models.compiled(problem, program, found, back)
+        return passes
+
+    def slices(self, problem: Problem, back: bool) -> int:
+        """Return the number of slices of a pass for the estimate, 0 if the factors are read as a whole."""
+        return 0
 
     def run(
         self, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, rows: bool
@@ -193,11 +184,11 @@ class BatchedWay(PassesWay):
     def __init__(self) -> None:
         super().__init__("batched", "batched", "batched")
 
-    def seconds(self, problem: Problem) -> float:
-        return TorchWay.seconds(self, problem)  # nothing is compiled but copies of factors
+    def compilations(self, problem: Problem) -> int:
+        return 0  # but copies of factors
 
     def least(self, problem: Problem) -> float:
-        return TorchWay.least(self, problem)
+        return 0.0
 
     def model(self, problem: Problem) -> float:
         found, tokens = self.rates(problem), problem.tokens
@@ -238,8 +229,7 @@ class BlocksWay(PassesWay):
     def supports(self, problem: Problem) -> bool:
         if problem.tokens < 4 * self.block or not self.whole.supports(problem) or not super().supports(problem):
             return False
-        passes = chain_of(problem.structure, problem.rows).passes(self.whole.forward, getattr(torch, problem.dtype))
-        program = passes.program(problem.dtype) if isinstance(passes, FusedChain) else None
+        program = self._compiled(problem, self.whole.forward).program(problem.dtype)
         return program is not None and program.block != self.block
 
     def least(self, problem: Problem) -> float:
@@ -265,11 +255,10 @@ class NearWay(PassesWay):
             return False
         if problem.tokens < self.least_tokens or not super().supports(problem):
             return False
-        return self._slices(problem, False) > 1 and (not problem.train or self._slices(problem, True) > 1)
+        return self.slices(problem, False) > 1 and (not problem.train or self.slices(problem, True) > 1)
 
-    def _slices(self, problem: Problem, back: bool) -> int:
-        chain = chain_of(problem.structure, problem.rows).passes(self.forward, getattr(torch, problem.dtype))
-        assert isinstance(chain, FusedChain)
+    def slices(self, problem: Problem, back: bool) -> int:
+        chain = self._compiled(problem, self.forward)
         found = chain.back(problem.dtype, problem.threads) if back else chain.front(problem.dtype, problem.train)
         return found.count
 
@@ -277,14 +266,6 @@ class NearWay(PassesWay):
         """Return the calibration of passes over whole factors: the chains that are timed have smaller factors."""
         found = super().calibration(problem)
         return {self.name: found[self.whole.name]} if self.whole.name in found else {}
-
-    def _compiled(self, problem: Problem, kind: str, back: bool) -> float:
-        chain = chain_of(problem.structure, problem.rows).passes(kind, getattr(torch, problem.dtype))
-        assert isinstance(chain, FusedChain)
-        program = chain.program(problem.dtype)
-        assert program is not None
-        found = rates("float64" if problem.dtype == "float64" else "float32", problem.threads)
-        return models.compiled(problem, program, found, back, self._slices(problem, back))
 
 
 class StoredWay(PassesWay):
@@ -300,14 +281,14 @@ class StoredWay(PassesWay):
 
     def model(self, problem: Problem) -> float:
         program = chain_of(problem.structure, problem.rows).stored.program(getattr(torch, problem.dtype))
-        found = rates("float64" if problem.dtype == "float64" else "float32", problem.threads)
-        busy = problem.tokens * program.schedule.cost * program.lanes * found.fastest * problem.threads
+        instruction = program.lanes * self.wide(problem).fastest * problem.threads
+        busy = problem.tokens * program.schedule.cost * instruction
         return busy + problem.structure.num_params * self.rates(problem).read
 
     def run(
         self, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, rows: bool
     ) -> Tensor:  # fmt: skip
-        return super().bind(structure, rows)(x, factors, bias)
+        return super().bind(structure, rows)(x, factors, bias)  # operands may be strided
 
     def bind(self, structure: Structure, rows: bool) -> Callable[[Tensor, Sequence[Tensor], Tensor | None], Tensor]:
         chain = chain_of(structure, rows)
@@ -339,19 +320,14 @@ def _calibrated(dtype: str, threads: int, train: bool, large: bool) -> dict[str,
         for structure, tokens in (models.TINY, models.LARGE if large else models.MEDIUM)
     )
     ways = [way for way in choice.ways("torch") if isinstance(way, TorchWay) and (large or way not in _block_ways)]
-    calls, busy = (_timed(problem, ways) for problem in (small, other))
+    calls, busy = (measured(problem, ways) for problem in (small, other))
     calls |= {way.name: calls[way.whole.name] for way in _block_ways if way.whole.name in calls}
     found = models.calibrated(calls, busy, {way.name: partial(way.model, other) for way in ways})
     few = replace(small, structure=models.MEDIUM[0], tokens=FEW_TOKENS)
     if stored_way.supports(few):
         model = {stored_way.name: partial(stored_way.model, few)}
-        found |= models.calibrated(calls, _timed(few, [stored_way, compiled_way]), model)
+        found |= models.calibrated(calls, measured(few, [stored_way, compiled_way]), model)
     return found
-
-
-def _timed(problem: Problem, ways: Sequence[TorchWay]) -> dict[str, float]:
-    known, among = choice.timings(problem), [way for way in ways if way.supports(problem)]
-    return known if len(known) >= len(among) else measure(problem, among, keep=True)
 
 
 for _clear in (_calibrated.cache_clear, rates.cache_clear):

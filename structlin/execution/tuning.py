@@ -19,7 +19,7 @@ from structlin.execution.machine import caches
 from structlin.execution.race import race
 from structlin.structure import Structure
 
-__all__ = ["clear_wisdom", "explain", "import_wisdom", "measure", "problem_of", "tune"]
+__all__ = ["clear_wisdom", "explain", "import_wisdom", "measure", "measured", "problem_of", "tune"]
 
 BUDGET = 0.6  # seconds (:func:`.race.race`)
 # A problem whose best estimate exceeds LONGEST seconds is timed with fewer tokens, but at least ENOUGH_TOKENS, beyond
@@ -56,6 +56,12 @@ def measure(problem: Problem, among: Sequence[Way] | None = None, *, keep: bool 
     kept: dict[str, float] = wisdom.write(problem.key, _race(problem, among, BUDGET), keep=keep)
     choice.forget()
     return kept
+
+
+def measured(problem: Problem, among: Sequence[Way]) -> dict[str, float]:
+    """Return the timings of a problem; those of ``among`` that can run it are measured if there are fewer."""
+    able, known = [way for way in among if way.supports(problem)], choice.timings(problem)
+    return known if len(known) >= len(able) else measure(problem, able, keep=True)
 
 
 def _race(problem: Problem, among: Sequence[Way], budget: float, cold: bool = False) -> dict[str, float]:

@@ -33,7 +33,7 @@ def _own_wisdom(tmp_path, monkeypatch):
     monkeypatch.setattr(wisdom, "_MEMORY", {})
     monkeypatch.setattr(choice, "_pinned", {})
     monkeypatch.setattr(choice, "_made", {})
-    monkeypatch.setattr(jax_ways, "rates", lambda *_: INVENTED)
+    monkeypatch.setattr(models, "rates", lambda *_: INVENTED)
     monkeypatch.setattr(jax_ways, "_calibrated", lambda *_: {})
     choice.forget()
     yield
@@ -50,8 +50,7 @@ def measured(monkeypatch) -> list[Problem]:
         found.append(problem)
         return original(problem, *arguments, **keywords)
 
-    for module in (tuning, jax_ways):
-        monkeypatch.setattr(module, "measure", measure)
+    monkeypatch.setattr(tuning, "measure", measure)
     return found
 
 
