@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from structlin._arrays import ops
-from structlin.execution.products import Permute, Product, plan_of
+from structlin.execution.products import Permute, Product, plan_of, products
 from structlin.structure import Structure
 
-__all__ = ["chain_gradients", "gradient_macs"]
+__all__ = ["SingleProducts", "chain_gradients", "gradient_macs"]
 
 _TORCH = ops("torch")
 
@@ -77,6 +77,29 @@ def chain_gradients(
         g = g.reshape(ends)
         grads.append(g if not pad_in else g[:, : size[1]] if rows else g[: size[0]])
     return tuple(reversed(grads))
+
+
+class SingleProducts:
+    """The passes of a chain by single products, for any tensors. They keep nothing and read no addresses."""
+
+    def __init__(self, structure: Structure, rows: bool) -> None:
+        self.structure, self.rows = structure, rows
+
+    def forward(
+        self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None, kept: list[Tensor] | None = None
+    ) -> Tensor:
+        """Return the product plus ``bias``."""
+        y = products(self.structure, factors, x, _TORCH, self.rows)
+        return y if bias is None else y + (bias if self.rows else bias[:, None])
+
+    def backward(
+        self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], kept: Sequence[Tensor] = ()
+    ) -> tuple[Tensor | None, ...]:
+        """Return gradients of x, the factors and the bias, each None if its entry of ``needs`` is False."""
+        *before, for_bias = needs
+        found = iter(chain_gradients(self.structure, gy, x, factors, before, self.rows) if any(before) else ())
+        gradients = [next(found) if need else None for need in before]
+        return *gradients, gy.sum(0 if self.rows else 1) if for_bias else None
 
 
 def _arranged(step: Product, x: Tensor, tokens: int) -> Tensor:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from structlin._arrays import ops
 from structlin.execution import choice
+from structlin.execution._gradients import SingleProducts
 from structlin.execution._guard import addressable, apart, as_kept, guard_of, recording, watched
 from structlin.execution._memory import advised
 from structlin.execution.compiled._activations import ACTIVATIONS
@@ -31,7 +31,6 @@ from structlin.execution.compiled._target import CompileError, host, tiled_host,
 from structlin.execution.compiled._team import run_shares
 from structlin.execution.compiled.block import BlockProgram, BlockSpec, make_block
 from structlin.execution.compiled.passes import NAMES
-from structlin.execution.products import products
 from structlin.execution.race import race
 from structlin.execution.rates import clock
 from structlin.execution.torch_ways import torch_chain
@@ -39,7 +38,6 @@ from structlin.structure import Structure
 
 __all__ = ["TorchBlock", "torch_block"]
 
-_TORCH = ops("torch")
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -284,11 +282,6 @@ _WHOLE = {"compiled", "compiled-16", "compiled-48", "compiled-tiles", "compiled-
 _failed: set[TorchBlock] = set()
 
 
-def _by_products(structure: Structure, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    y = products(structure, factors, x, _TORCH, True)
-    return y if bias is None else y + bias
-
-
 def _run(
     run: Any, tokens: int, ends: Sequence[int], tables: Sequence[Sequence[int]], program: BlockProgram
 ) -> None:  # fmt: skip
@@ -342,7 +335,11 @@ def _by_autograd(
                 None if t is None else t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)
             ]
         wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
-        outputs = block.layers(cast(Tensor, tensors[0]), tensors[1:], _by_products)
+        outputs = block.layers(
+            cast(Tensor, tensors[0]),
+            tensors[1:],
+            lambda s, h, factors, bias: SingleProducts(s, True).forward(h, factors, bias),
+        )
         found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=again, allow_unused=True))
     return [next(found) if need and t is not None else None for t, need in zip(tensors, needs, strict=True)]
 

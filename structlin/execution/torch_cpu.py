@@ -14,9 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from structlin._arrays import ops
 from structlin.execution import choice
-from structlin.execution._gradients import chain_gradients
+from structlin.execution._gradients import SingleProducts
 from structlin.execution._guard import Guard, addressable, as_kept, recording, transforming
 from structlin.execution._kept import kept
 from structlin.execution.batched import BatchedChain
@@ -24,13 +23,11 @@ from structlin.execution.chunked import ChunkedChain
 from structlin.execution.compiled._target import CompileError, warn_once
 from structlin.execution.compiled.passes import FusedChain
 from structlin.execution.compiled.stored import StoredChain
-from structlin.execution.products import products
 from structlin.structure import Structure
 
 __all__ = ["CPUChain", "Passes", "chain_of"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_TORCH = ops("torch")
 NEAR_BLOCK = 32  # tokens of a block beside a slice that fills half of the cache or more
 
 
@@ -46,27 +43,6 @@ class Passes(Protocol):
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], kept: Sequence[Tensor] = ()
     ) -> tuple[Tensor | None, ...]:
         """Return gradients of x, the factors and the bias, each None if its entry of ``needs`` is False."""
-
-
-class SingleProducts:
-    """The passes by single products of torch, for any tensors. They keep nothing and read no addresses."""
-
-    def __init__(self, structure: Structure, rows: bool) -> None:
-        self.structure, self.rows = structure, rows
-
-    def forward(
-        self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None, kept: list[Tensor] | None = None
-    ) -> Tensor:
-        y = products(self.structure, factors, x, _TORCH, self.rows)
-        return y if bias is None else y + (bias if self.rows else bias[:, None])
-
-    def backward(
-        self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], kept: Sequence[Tensor] = ()
-    ) -> tuple[Tensor | None, ...]:
-        *before, for_bias = needs
-        found = iter(chain_gradients(self.structure, gy, x, factors, before, self.rows) if any(before) else ())
-        gradients = [next(found) if need else None for need in before]
-        return *gradients, gy.sum(0 if self.rows else 1) if for_bias else None
 
 
 class CPUChain:

@@ -15,21 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structlin._arrays import ops
 from structlin.execution import fused, traffic
-from structlin.execution._gradients import chain_gradients
+from structlin.execution._gradients import SingleProducts
 from structlin.execution._guard import recording, transforming
 from structlin.execution._kept import kept
 from structlin.execution._orders import TOKENS, view_of
 from structlin.execution.choice import Problem, Way
 from structlin.execution.devices import Device
-from structlin.execution.products import products
 from structlin.execution.strided import l2_chunk, strided
 from structlin.structure import Structure
 
 __all__ = ["FusedWay", "StridedWay", "fused_way", "node_tokens", "strided_l2_way", "strided_way"]
 
-_TORCH = ops("torch")
 _PLAIN = (Tensor, torch.nn.Parameter)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -91,8 +88,7 @@ class StridedWay(Way):
         """Compute the product."""
         chain = strided(structure, rows)
         if not chain.merges or not _plain(x, bias, *factors) or _casts(x):
-            y = products(structure, factors, x, _TORCH, rows)
-            return y if bias is None else y + bias
+            return SingleProducts(structure, rows).forward(x, factors, bias)
         tensors = (x, bias, *factors)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
             return _Differentiable.apply(self, structure, rows, *tensors)
@@ -120,10 +116,7 @@ class StridedWay(Way):
                 x, *factors = (t.to(gy) for t in (x, *factors))  # hooks on saved tensors may have changed them
                 kept = ()
             return self._gradients(structure, gy, x, factors, needs, rows, kept)
-        *before, for_bias = needs
-        found = iter(chain_gradients(structure, gy, x, factors, before, rows) if any(before) else ())
-        gradients = [next(found) if need else None for need in before]
-        return *gradients, gy.sum(0 if rows else 1) if for_bias else None
+        return SingleProducts(structure, rows).backward(gy, x, factors, needs)
 
     def _gradients(
         self, structure: Structure, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool],

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from structlin._arrays import ops
 from structlin.execution import choice, models, traffic
+from structlin.execution._gradients import SingleProducts
 from structlin.execution._guard import guard_of, watched
 from structlin.execution._kept import kept
 from structlin.execution.choice import Problem, Way, register
@@ -63,8 +64,7 @@ class Products(TorchWay, models.ProductsWay):
     def run(
         self, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, rows: bool
     ) -> Tensor:  # fmt: skip
-        y = products(structure, factors, x, _TORCH, rows)
-        return y if bias is None else y + bias
+        return SingleProducts(structure, rows).forward(x, factors, bias)
 
 
 class TokenMajor(TorchWay):
