@@ -227,7 +227,6 @@ class TestRequirements:
             "structlin.execution.torch_cuda": "torch",
             "structlin.execution.traffic": "torch",
             "structlin.execution.fused": "torch",
-            "structlin.execution.compiled._buffers": "torch",
             "structlin.execution.compiled.passes": "torch",
             "structlin.execution.compiled.stored": "torch",
             "structlin.execution.jax_ways": "jax",

@@ -21,16 +21,10 @@ from torch.nn import functional as F
 from structlin.execution import choice
 from structlin.execution._gradients import SingleProducts
 from structlin.execution._guard import addressable, apart, as_kept, guard_of, recording, watched
-from structlin.execution._memory import advised
 from structlin.execution.compiled._activations import ACTIVATIONS
-from structlin.execution.compiled._buffers import Packed, Sums
-from structlin.execution.compiled._rules import cuts, shares
-from structlin.execution.compiled._schedule import LINE
-from structlin.execution.compiled._slices import whole
 from structlin.execution.compiled._target import CompileError, host, tiled_host, warn_once
-from structlin.execution.compiled._team import run_shares
 from structlin.execution.compiled.block import BlockProgram, BlockSpec, make_block
-from structlin.execution.compiled.passes import NAMES
+from structlin.execution.compiled.passes import NAMES, Plans, run
 from structlin.execution.race import race
 from structlin.execution.rates import clock
 from structlin.execution.torch_ways import torch_chain
@@ -52,11 +46,7 @@ class TorchBlock(BlockSpec):
     """The computation of a block on tensors; see :func:`torch_block`."""
 
     _taken: dict[tuple[Any, ...], str | None] = field(default_factory=dict, init=False, repr=False)
-
-    @cached_property
-    def macs(self) -> int:
-        """The MACs of one token."""
-        return sum(structure.macs for structure in self.structures)
+    _plans: Plans = field(default_factory=Plans, init=False, repr=False)
 
     @cached_property
     def half(self) -> TorchBlock | None:
@@ -187,23 +177,11 @@ class TorchBlock(BlockSpec):
 
         Unless ``kept`` is None, the activations that a pass of this kind stores for :meth:`backward` are added to it.
         """
-        program = self.program(x.dtype, kind)
-        assert program is not None
-        weight, shift, biases, factors = self._parts(program, operands)
-        outputs = tuple(advised(torch.empty(len(x), size, dtype=x.dtype)) for size in self.outputs)
-        x = x.contiguous()
-        packed = [Packed(whole(p), "forward", range(len(f)), f) for p, f in zip(program.programs, factors, strict=True)]
-        given = [t for t in (weight, shift, *biases) if t is not None]
-        table = [t.data_ptr() for t in given] + [place for p in packed for place in p.slice(0)]
-        ends = [x.data_ptr(), *(y.data_ptr() for y in outputs)]
-        held = []
-        if kept is not None and KEPT in kind:
-            held = [advised(torch.empty(len(x), row, dtype=x.dtype)) for row in program.stored_rows()]
-            kept += held
-        table += [t.data_ptr() for t in held]
-        count = shares(len(x), torch.get_num_threads(), self.macs)
-        _run(program.forward(bool(held)), len(x), ends, [table] * count, program)
-        return outputs
+        keeps = kept is not None and KEPT in kind
+        found, number = self._run([x], operands, kind, False, keeps), len(self.outputs)
+        if kept is not None:
+            kept += found[number:]
+        return tuple(found[:number])
 
     def backward(
         self, gradients: Sequence[Tensor], x: Tensor, operands: Sequence[Tensor | None], kind: str = "0",
@@ -213,59 +191,28 @@ class TorchBlock(BlockSpec):
 
         ``kept``: the activations that :meth:`run` has stored; without them they are computed again.
         """
-        program = self.program(x.dtype, kind)
+        gx, *found = self._run([x, *gradients], operands, kind, True, bool(kept), kept)
+        rest = iter(found)
+        ends = [next(rest).to(x.dtype) if there else None for there in (*self.affine, *self.biases)]
+        return [gx, *ends, *rest]
+
+    def _run(
+        self, ends: Sequence[Tensor], operands: Sequence[Tensor | None], kind: str, back: bool, keeps: bool,
+        kept: Sequence[Tensor] = (),
+    ) -> list[Tensor]:  # fmt: skip
+        """Run the forward pass on the input, or the backward pass on the input and the gradients of the outputs."""
+        tokens, dtype, threads = len(ends[0]), ends[0].dtype, torch.get_num_threads()
+        program = self.program(dtype, kind)
         assert program is not None
-        weight, shift, biases, factors = self._parts(program, operands)
-        x, gradients = x.contiguous(), [g.contiguous() for g in gradients]
-        count, like = shares(len(x), torch.get_num_threads(), self.macs), x.dtype
-        gx = advised(torch.empty_like(x))
-        forward = [
-            Packed(whole(p), "forward", again, f)
-            for p, again, f in zip(program.programs, program.again(bool(kept)), factors, strict=True)
-        ]
-        back = [Packed(whole(p), "back", range(len(f)), f) for p, f in zip(program.programs, factors, strict=True)]
-        sums = [
-            Sums(whole(p), list(range(len(f))), [tuple(t.shape) for t in f], like, [], count)
-            for p, f in zip(program.programs, factors, strict=True)
-        ]
-        sizes = [x.shape[1] for there in self.affine if there]
-        sizes += [s.d_out for s, there in zip(self.structures, self.biases, strict=True) if there]
-        small = [
-            torch.zeros(sum(sizes), dtype=program.programs[0].dtype).split(sizes) if sizes else () for _ in range(count)
-        ]
-        given = [
-            t for t in (weight, shift, *biases[: len(self.first) if self.second else len(biases)]) if t is not None
-        ]
-        table = [gx.data_ptr(), *(t.data_ptr() for t in given)]
-        table += [place for p in (*forward, *back) for place in p.slice(0)]
-        places = [one.slice(0) for one in sums]
-        tables = [
-            [*table, *(t.data_ptr() for t in small[k]), *(place for one in places for place in one[k]),
-             *(t.data_ptr() for t in kept)]
-            for k in range(count)
-        ]  # fmt: skip
-        _run(program.backward(bool(kept)), len(x), [x.data_ptr(), *(g.data_ptr() for g in gradients)], tables, program)
-        del forward, back
-        for one in sums:
-            one.finish(0)
-        totals = iter([sum(parts[1:], parts[0]).to(like) for parts in zip(*small, strict=True)])
-        ends = [next(totals) if there else None for there in (*self.affine, *self.biases)]
-        return [gx, *ends, *(gradient for one in sums for gradient in one.found)]
-
-    def _parts(
-        self, program: BlockProgram, operands: Sequence[Tensor | None]
-    ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[list[Tensor]]]:  # fmt: skip
-        (weight, shift, *rest), kind = operands, program.programs[0].dtype
-
-        def wide(t: Tensor | None, size: int) -> Tensor | None:
-            if t is None:
-                return None
-            return (F.pad(t, (0, size - len(t))) if size > len(t) else t).to(kind).contiguous()
-
-        of = list(self._by_structure(rest))
-        biases = [wide(bias, p.schedule.widths[-1]) for (_, bias, _), p in zip(of, program.programs, strict=True)]
-        d_in = self.first[0].d_in
-        return wide(weight, d_in), wide(shift, d_in), biases, [[f.contiguous() for f in fs] for _, _, fs in of]
+        weight, shift, *rest = operands
+        parts, wide = list(zip(self._by_structure(rest), program.programs, strict=True)), program.programs[0].dtype
+        added = [(weight, self.d_in), (shift, self.d_in)]
+        added += [(bias, p.schedule.widths[-1]) for (_, bias, _), p in parts[: len(self.first) if back else None]]
+        given = [(F.pad(t, (0, size - len(t))) if size > len(t) else t).to(wide) for t, size in added if t is not None]
+        factors = [factor for (_, _, own), _ in parts for factor in own]
+        make = program.backward_plan if back else program.forward_plan
+        plan = self._plans.get((dtype, kind, tokens, threads, back, keeps), lambda: make(tokens, threads, keeps))
+        return run(plan, [t.contiguous() for t in (*ends, *given, *factors, *kept)])
 
 
 Run = Callable[[Structure, Tensor, Sequence[Tensor], "Tensor | None"], Tensor]
@@ -280,16 +227,6 @@ BUDGET = 0.6  # seconds (:func:`.race.race`)
 # Ways that run a layer as one compiled pass.
 _WHOLE = {"compiled", "compiled-16", "compiled-48", "compiled-tiles", "compiled-tiles-64"}
 _failed: set[TorchBlock] = set()
-
-
-def _run(
-    run: Any, tokens: int, ends: Sequence[int], tables: Sequence[Sequence[int]], program: BlockProgram
-) -> None:  # fmt: skip
-    each = -(-run.scratch // LINE) * LINE
-    scratch = torch.empty(len(tables) * each + LINE, dtype=torch.uint8)
-    first = -(-scratch.data_ptr() // LINE) * LINE
-    tables = [[*ends, first + k * each, *table] for k, table in enumerate(tables)]
-    run_shares(run.run, tables, cuts(range(tokens), run.block, len(tables)), tokens, program.target)
 
 
 class _Differentiable(torch.autograd.Function):

@@ -9,7 +9,7 @@ from structlin.execution.compiled._limits import limits
 from structlin.execution.compiled._product import BYTES
 from structlin.execution.compiled._program import ELEMENTS, Program, make_program
 from structlin.execution.compiled._slices import LARGER, RUN, Slices, counts, enough, slices, whole
-from structlin.execution.compiled._target import Target, host, tiled_host
+from structlin.execution.compiled._target import CompileError, Target, host, tiled_host
 from structlin.execution.machine import caches
 
 # Activations are stored for the backward pass if computing one again takes more than KEPT_WORK vector multiplications,
@@ -32,7 +32,7 @@ class ChainRules:
     def __init__(
         self, steps: tuple[Step, ...], sizes: tuple[tuple[str, int], ...], d_in: int, d_out: int, rows: bool
     ) -> None:
-        self._chain, self.rows, self.d_in, self.d_out = (steps, sizes, d_in, d_out, rows), rows, d_in, d_out
+        self.parts, self.rows, self.d_in, self.d_out = (steps, sizes, d_in, d_out, rows), rows, d_in, d_out
         size = dict(sizes)
         self.shapes = [tuple(size[a] for a in step.factor) for step in steps]
         macs = [math.prod(size[a] for a in set(step.input + step.factor)) for step in steps]
@@ -56,7 +56,7 @@ class ChainRules:
         if key not in self._programs:
             target, found = self._target(), None
             if target is not None and dtype in ELEMENTS:
-                found = make_program(*self._chain, dtype, target, None, packed, block)
+                found = make_program(*self.parts, dtype, target, None, packed, block)
             if found is not None and packed:
                 cost = found.schedule.cost + found.schedule.back_cost
                 if cost > 3 * WASTE * self.macs / found.lanes:
@@ -65,6 +65,26 @@ class ChainRules:
                 found = None
             self._programs[key] = found
         return self._programs[key]
+
+    def given(self, dtype: str) -> Program:
+        """Return the program of a dtype; raise CompileError if this processor has none."""
+        found = self.program(dtype)
+        if found is None:
+            raise CompileError(f"this processor has no passes for the chain in {dtype}")
+        return found
+
+    @property
+    def team_macs(self) -> int:
+        """The MACs per token by which :meth:`shares` divides few tokens."""
+        return self.macs
+
+    def shares(self, tokens: int, threads: int) -> int:
+        """Return the number of threads among which to divide the tokens."""
+        return shares(tokens, threads, self.team_macs)
+
+    def kept_sizes(self, dtype: str, kept: int) -> list[int]:
+        """Return the numbers of the activations between the steps that are stored for so many tokens, in order."""
+        return [kept * row for row in self.given(dtype).schedule.rows[1:-1]] if kept else []
 
     def front(self, dtype: str, keeps: bool) -> Slices:
         """Return how to run the forward pass, which may be one that ``keeps`` activations."""
@@ -76,9 +96,9 @@ class ChainRules:
             found, item = whole(program), BYTES[program.outside]
             most, each = (near_slice(),) * 2 if self.near else (limits().factors, limits().factors_slice)
             if program.numel * item > most:
-                several, larger = counts(self._chain, program, False), NEAR_LARGER if self.near else LARGER
+                several, larger = counts(self.parts, program, False), NEAR_LARGER if self.near else LARGER
                 count = enough(several, program.numel, each // item, larger)
-                found = slices(self._chain, program, False, count, dtype, target, keeps)
+                found = slices(self.parts, program, False, count, dtype, target, keeps)
             self._fronts[dtype, keeps, self.block] = found
         return found
 
@@ -97,15 +117,15 @@ class ChainRules:
         target, program = self._target(), self.program(dtype)
         assert target is not None
         assert program is not None
-        several, item = counts(self._chain, program, True), BYTES[program.inside]
+        several, item = counts(self.parts, program, True), BYTES[program.inside]
         most, larger = (near_slice(), NEAR_LARGER) if self.near else (limits().sums_slice, LARGER)
         least = enough(several, program.numel, most // item, larger)
-        found = slices(self._chain, program, True, least, dtype, target)
+        found = slices(self.parts, program, True, least, dtype, target)
         if program.numel * item < limits().room or self.room(found.program, threads, False) >= 0:
             return found
         for count in several:
             if least < count <= max(FEW_SLICES, several[-1] // RUN):
-                smaller = slices(self._chain, program, True, count, dtype, target)
+                smaller = slices(self.parts, program, True, count, dtype, target)
                 if self.room(smaller.program, threads, False) >= 0:
                     return smaller
         return found

@@ -25,14 +25,13 @@ import platform
 import re
 import threading
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from structlin.execution.compiled._ir import Code, Int, Values
-from structlin.execution.compiled._product import BYTES
 from structlin.execution.compiled._schedule import LINE
-from structlin.execution.compiled._target import CompileError, Target, address, host, load
+from structlin.execution.compiled._target import CompileError, address, host, load
 
 TARGET = "structlin_chain"
 TYPES = {"uint8": 6, "float32": 11, "float64": 12, "bfloat16": 16}  # XLA_FFI_DataType
@@ -386,37 +385,3 @@ def _execute() -> str:
     message = ctypes.cast(_MISMATCH, ctypes.c_void_p).value or 0
     error = code.call_api(*code.api(_ERROR_CREATE, f"ptr {_to(message)}", f"i64 {_FAILED}"))
     return code.define("ptr @execute(ptr %frame)", f"ret ptr {error}")
-
-
-@cache
-def fill(target: Target) -> Callable[..., None]:
-    """Clear bytes ``first`` to ``last`` of an array."""
-    code = Code()
-    start = code.at("i8", code.value("load ptr, ptr %table"), "%first")
-    size = code.subtract("%last", "%first")
-    code.call("void", "llvm.memset.p0.i64", ("ptr", start), ("i8", 0), ("i64", size), ("i1", "false"))
-    text = code.function("fill", "ptr %table, i64 %first, i64 %last, i64 %total", "nounwind")
-    return load(text, "fill", target, [ctypes.c_void_p, *[ctypes.c_int64] * 3])
-
-
-@lru_cache(maxsize=64)
-def add(parts: int, element: str, target: Target) -> Callable[..., None]:
-    """Sum the numbers ``first`` to ``last`` of arrays; the table has the sum (it may be one of them) and the arrays."""
-    code, lanes = Code(), target.width // BYTES[element]
-    to, *given = (code.value(f"load ptr, ptr {code.at('ptr', '%table', k)}") for k in range(1 + parts))
-
-    def write(kind: str) -> Callable[[Int, Values], None]:
-        def sums(k: Int, _: Values) -> None:
-            total = ""
-            for pointer in given:
-                part = code.value(f"load {kind}, ptr {code.at(element, pointer, k)}, align {BYTES[element]}")
-                total = code.value(f"fadd {kind} {total}, {part}") if total else part
-            code.put(f"store {kind} {total}, ptr {code.at(element, to, k)}, align {BYTES[element]}")
-
-        return sums
-
-    whole = code.add("%first", code.whole(code.subtract("%last", "%first"), lanes))
-    code.loop("%first", whole, lanes, write(f"<{lanes} x {element}>"))
-    code.loop(whole, "%last", 1, write(element))
-    text = code.function("add", "ptr %table, i64 %first, i64 %last, i64 %total", target.attributes)
-    return load(text, "add", target, [ctypes.c_void_p, *[ctypes.c_int64] * 3])

@@ -11,14 +11,18 @@ again from the input, or reads some of them that the forward pass has stored (:m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import islice
+from typing import TypeVar
 
 from structlin.execution.compiled._emit import Emitter, Memory
 from structlin.execution.compiled._forms import Array, Forms, Key
 from structlin.execution.compiled._ir import Int
 from structlin.execution.compiled._limits import limits
+from structlin.execution.compiled._plans import NAMES, Plan, Spec
 from structlin.execution.compiled._product import BYTES
 from structlin.execution.compiled._program import BLOCKS, OTHER_BLOCKS, TILE_BLOCKS, Program, make_program
 from structlin.execution.compiled._rows import Rows
@@ -28,6 +32,8 @@ from structlin.execution.compiled._writer import At, Pass, Writer
 from structlin.structure import Structure
 
 __all__ = ["BlockProgram", "BlockSpec", "make_block"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +59,11 @@ class BlockSpec:
     def structures(self) -> tuple[Structure, ...]:
         """All chains, in the order in which they are applied."""
         return self.first if self.second is None else (*self.first, self.second)
+
+    @cached_property
+    def macs(self) -> int:
+        """The MACs of one token."""
+        return sum(structure.macs for structure in self.structures)
 
     @property
     def d_in(self) -> int:
@@ -95,6 +106,59 @@ class BlockProgram:
         """Return the backward pass, compiled once; ``kept``: it reads the activations of :meth:`stored`."""
         key = "backward", kept
         return self._made.get(key) or self._made.setdefault(key, self._backward(kept))
+
+    def forward_plan(self, tokens: int, threads: int, keeps: bool) -> Plan:
+        """Return the plan of :meth:`forward`, of x, what is added, and factors: the outputs, and what is stored."""
+        spec, given = self.spec, 1 + sum(self.spec.affine) + sum(self.spec.biases)
+        sizes = [*spec.outputs, *(self.stored_rows() if keeps else ())]
+        results: list[Spec] = [((tokens, size), NAMES[self.outside]) for size in sizes]
+        factors = sum(len(p.shapes) for p in self.programs)
+        plan = Plan(self.programs[0], tokens, threads, spec.macs, given + factors, results)
+        inputs, outputs = plan.places
+        table, ends = inputs[1:given], [inputs[0], *outputs[: len(spec.outputs)]]
+        for program, own in self._by_program(inputs[given:]):
+            table += plan.packed(program, "forward", range(len(own)), own)
+        plan.run(self.forward(keeps), range(tokens), ends, table, outputs[len(spec.outputs) :])
+        return plan
+
+    def backward_plan(self, tokens: int, threads: int, kept: bool) -> Plan:
+        """Return the plan of :meth:`backward`, of x, gradients of the outputs, what is added, and factors.
+
+        Its results are gradients of x, of weight and bias of the norm, of biases and of factors.
+        """
+        spec, shapes = self.spec, [shape for program in self.programs for shape in program.shapes]
+        first = 1 + len(spec.outputs)
+        given = first + sum(spec.affine) + sum(spec.biases[: len(spec.first)])
+        ends = [spec.d_in] * sum(spec.affine)
+        ends += [s.d_out for s, there in zip(spec.structures, spec.biases, strict=True) if there]
+        results: list[Spec] = [((tokens, spec.d_in), NAMES[self.outside])]
+        results += [((size,), NAMES[self.inside]) for size in ends]
+        results += [(shape, NAMES[self.outside]) for shape in shapes]
+        held = len(self.stored()) if kept else 0
+        plan = Plan(self.programs[0], tokens, threads, spec.macs, given + len(shapes) + held, results)
+        inputs, (gx, *found) = plan.places
+        sizes = [*ends, *map(math.prod, shapes)]
+        copied = [0] * len(ends)
+        copied += [size for p in self.programs for size in p.packing("gradients", tuple(range(len(p.shapes)))).sizes]
+        sums = plan.sums(sizes, [None if size else place for size, place in zip(copied, found, strict=True)])
+        table = [gx, *inputs[first:given]]
+        factors = list(self._by_program(inputs[given:]))
+        for (program, own), again in zip(factors, self.again(kept), strict=True):
+            table += plan.packed(program, "forward", again, [own[k] for k in again])
+        for program, own in factors:
+            table += plan.packed(program, "back", range(len(own)), own)
+        read, more = inputs[:first], inputs[given + len(shapes) :]
+        plan.run(self.backward(kept), range(tokens), read, table, more, sums)
+        totals = [[*pair] if size else [] for *pair, size in zip(plan.added(sizes, sums), found, copied, strict=True)]
+        for program, own in self._by_program(totals[len(ends) :]):
+            plan.copy(program, "gradients", range(len(own)), [place for pair in own for place in pair])
+        return plan
+
+    def _by_program(self, places: Sequence[T]) -> Iterator[tuple[Program, Sequence[T]]]:
+        """Yield each program with its part of what there is for the factors of all of them."""
+        rest = iter(places)
+        for program in self.programs:
+            yield program, list(islice(rest, len(program.shapes)))
 
     def stored(self) -> list[tuple[int, int]]:
         """Return the activations that may be stored, as the number of a chain and that of an activation in it.

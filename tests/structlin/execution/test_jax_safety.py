@@ -19,7 +19,7 @@ from jax.experimental import serialize_executable
 
 import structlin as sl
 from structlin.execution import jax_cpu, jax_ways
-from structlin.execution.compiled import _arrange, _program, _rules, _target, _writer, _xla_runtime, xla
+from structlin.execution.compiled import _arrange, _plans, _program, _rules, _target, _writer, _xla_runtime, xla
 from structlin.execution.products import products
 
 HOST = _target.host()
@@ -196,8 +196,8 @@ def test_an_executable_of_a_processor_with_other_features(saved, monkeypatch):
     for module in (_rules, xla):
         monkeypatch.setattr(module, "host", lambda: _target.AVX2)
     made = []
-    original = xla.Plan.words
-    monkeypatch.setattr(xla.Plan, "words", lambda self, room: made.append(self.target) or original(self, room))
+    original = xla.words
+    monkeypatch.setattr(xla, "words", lambda call, plan, room: made.append(plan.target) or original(call, plan, room))
     try:
         close(serialize_executable.deserialize_and_load(*executable)(*operands), wanted)
     except jax.errors.JaxRuntimeError as error:
@@ -208,9 +208,9 @@ def test_an_executable_of_a_processor_with_other_features(saved, monkeypatch):
 
 @needs_passes
 def test_memory_that_is_too_small_for_the_processor_at_hand(monkeypatch):
-    operands, scratch = inputs(), xla.Plan.scratch
+    operands, reserve = inputs(), xla.Plan.reserve
     executable = serialize_executable.serialize(jax.jit(run).lower(*operands).compile())
-    monkeypatch.setattr(xla.Plan, "scratch", lambda self, size: scratch(self, 2 * size))
+    monkeypatch.setattr(xla.Plan, "reserve", lambda self, size, *array: reserve(self, 2 * size, *array))
     xla.plan_of.cache_clear()
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"another processor.*compile it again"):
         serialize_executable.deserialize_and_load(*executable)
@@ -221,8 +221,8 @@ def test_more_memory_than_the_passes_need(monkeypatch):
     """Of an executable that was compiled for a processor whose passes need more."""
     operands = inputs()
     with monkeypatch.context() as patch:
-        scratch = xla.Plan.scratch
-        patch.setattr(xla.Plan, "scratch", lambda self, size: scratch(self, 3 * size))
+        reserve = xla.Plan.reserve
+        patch.setattr(xla.Plan, "reserve", lambda self, size, *array: reserve(self, 3 * size, *array))
         executable = serialize_executable.serialize(jax.jit(run).lower(*operands).compile())
     xla.plan_of.cache_clear()
     close(serialize_executable.deserialize_and_load(*executable)(*operands), exactly(portable, *operands))
@@ -276,7 +276,8 @@ WRONG = """
     x = jnp.ones((300, 64))
     call = xla.Call(jax_cpu.chain_of(structure, True), "float32", 300, 2, 0)
     plan = xla.plan_of(call)
-    numbers, fit = plan.numbers, [jax.ShapeDtypeStruct(*spec) for spec in plan.arrays[plan.operands:]]
+    numbers = [n for _, n in xla._arrays(call, plan)]
+    fit = [jax.ShapeDtypeStruct(*spec) for spec in (*plan.results, ((numbers[-1],), "uint8"))]
     def attempt(operands=(x, *factors), results=fit, **attributes):
         attributes = attributes or {"plan": call.text(numbers)}
         function = jax.jit(lambda *operands: jax.ffi.ffi_call(xla.TARGET, results)(*operands, **attributes))
@@ -334,7 +335,7 @@ def fail(patch):
 
     for module in (_arrange, _writer, _xla_runtime):
         patch.setattr(module, "load", broken)
-    for cached in (_program.make_program, xla.plan_of, _xla_runtime.add, _xla_runtime.fill):
+    for cached in (_program.make_program, xla.plan_of, _plans.add, _plans.fill):
         cached.cache_clear()
     STRUCTURE._kept.clear()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import structlin as sl
-from structlin.execution.compiled import _rules, passes
+from structlin.execution.compiled import _rules
 from structlin.execution.compiled._limits import limits
 from structlin.execution.compiled._target import host
 from structlin.execution.products import products
@@ -33,7 +33,7 @@ def test_plain_matrices_by_the_blas(chain, plain, kept, dtype, monkeypatch):
     x, gy = (torch.randn(101, d, generator=generator).to(dtype) for d in structure.shape[::-1])
     monkeypatch.setattr(chain, "kept_tokens", lambda *_: kept)
     monkeypatch.setattr(_rules, "limits", lambda: replace(limits(), sums_slice=0))
-    monkeypatch.setattr(passes, "shares", lambda *_: 2)
+    monkeypatch.setattr(chain, "shares", lambda *_: 2)
     taken, by_blas = [], chain._plain_backward
     monkeypatch.setattr(chain, "_plain_backward", lambda *a: taken.append(1) or by_blas(*a))
     held = []

@@ -137,11 +137,11 @@ def test_any_sizes(sizes, tokens):
     program = chain._program(torch.float64)
     if program is None:
         return
-    back, front = (counts(chain._chain, program, of_input)[-1] for of_input in (True, False))
+    back, front = (counts(chain.parts, program, of_input)[-1] for of_input in (True, False))
     assert (back, front) == (sizes["p"], sizes["f"])
-    chain._fronts["float64", False, None] = slices(chain._chain, program, False, front, "float64", HOST)
+    chain._fronts["float64", False, None] = slices(chain.parts, program, False, front, "float64", HOST)
     for threads in range(1, 1 + torch.get_num_threads()):
-        chain._backs["float64", threads, None] = slices(chain._chain, program, True, back, "float64", HOST)
+        chain._backs["float64", threads, None] = slices(chain.parts, program, True, back, "float64", HOST)
     doubles = [t.requires_grad_() for t in (x, *factors)]
     y = oracle(structure, x, factors)
     wanted = (y + bias, *torch.autograd.grad(y, doubles, gy), gy.sum(0))
@@ -166,8 +166,8 @@ def test_what_is_in_one_piece(structure):
     chain = chain_of(structure)
     program = chain._program(torch.float32)
     for of_input in (True, False):
-        assert counts(chain._chain, program, of_input) == [1]
-        assert slices(chain._chain, program, of_input, 2, "float32", HOST) == whole(program)
+        assert counts(chain.parts, program, of_input) == [1]
+        assert slices(chain.parts, program, of_input, 2, "float32", HOST) == whole(program)
 
 
 def test_activations_in_another_order_are_not_kept(monkeypatch):
@@ -196,7 +196,7 @@ def test_activations_kept_for_other_threads_are_read(monkeypatch):
     monkeypatch.setattr(chain, "kept_tokens", lambda *_: 48)
     chain.forward(x, factors, None, kept)
     wanted = chain.backward(gy, x, factors, [True] * 4, kept)
-    found = slices(chain._chain, chain._program(x.dtype), True, 4, "float64", HOST)
+    found = slices(chain.parts, chain._program(x.dtype), True, 4, "float64", HOST)
     monkeypatch.setattr(chain, "back", lambda *_: replace(found, states=None))
     for got, exact in zip(chain.backward(gy, x, factors, [True] * 4, kept), wanted, strict=True):
         assert torch.equal(got, exact)
@@ -230,7 +230,7 @@ def test_slices_take_less_memory():
     chain = chain_of(structure)
     for dtype in ("float32", "bfloat16"):
         program = chain.program(dtype)
-        parts = slices(chain._chain, program, True, 8, dtype, HOST)
+        parts = slices(chain.parts, program, True, 8, dtype, HOST)
         assert parts.count == 8
         assert math.prod(parts.program.shapes[0]) * 8 == math.prod(program.shapes[0])
         for threads in (1, 2, 16):
