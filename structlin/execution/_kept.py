@@ -10,15 +10,17 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 from structlin.structure import Structure
 
-__all__ = ["STRUCTURES", "kept"]
+__all__ = ["STRUCTURES", "kept", "once"]
 
 STRUCTURES = 128  # whose compiled passes are kept: some tens of megabytes of code
 _recent: OrderedDict[int, weakref.ref[Structure]] = OrderedDict()
 T = TypeVar("T")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def kept(structure: Structure, key: tuple[Any, ...], make: Callable[[], T]) -> T:
@@ -34,3 +36,19 @@ def kept(structure: Structure, key: tuple[Any, ...], make: Callable[[], T]) -> T
                 for name in [name for name in other._kept if name[0] != "products"]:
                     other._kept.pop(name, None)
     return found
+
+
+def once(method: Method) -> Method:
+    """Cache the results of a method in ``made`` of its object; a cache of functools would keep the object alive.
+
+    Arguments are given by position. Two threads may both compute a result that neither finds.
+    """
+
+    @wraps(method)
+    def found(self: Any, *key: object) -> Any:
+        try:
+            return self.made[method, *key]
+        except KeyError:
+            return self.made.setdefault((method, *key), method(self, *key))
+
+    return cast(Method, found)

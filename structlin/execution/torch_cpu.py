@@ -82,13 +82,9 @@ class CPUChain:
         return found if not self.compiled.failed and found.ready(dtype) else None
 
     def _other(self, which: str) -> FusedChain:
-        found, words = FusedChain(*self._chain), which.split("-")
-        found.tiles, found.near = "tiles" in words, "near" in words
-        if words[-1].isdecimal():
-            found.block = int(words[-1])
-        elif found.near:
-            found.block = NEAR_BLOCK
-        return found
+        *_, last = words = which.split("-")
+        block = int(last) if last.isdecimal() else NEAR_BLOCK if last == "near" else None
+        return FusedChain(*self._chain, block=block, tiles="tiles" in words, near=last == "near")
 
     def __call__(
         self, passes: Passes, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None,

@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, wraps
+from functools import cached_property, lru_cache
 from itertools import accumulate
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from structlin._parse import Step
+from structlin.execution._kept import once
 from structlin.execution.compiled import _tiles as tiles
 from structlin.execution.compiled._arrange import Arrangement, load_copies
 from structlin.execution.compiled._emit import Emitter, Memory
@@ -85,23 +86,6 @@ class Part:
 
 
 Enter = Callable[[int], None]
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def _once(method: Method) -> Method:
-    """Cache the results of a method in its object; a cache of functools would keep the object alive.
-
-    Arguments are given by position. Two threads may both compute a result that neither finds.
-    """
-
-    @wraps(method)
-    def found(self: Program, *key: object) -> Any:
-        try:
-            return self.made[method, *key]
-        except KeyError:
-            return self.made.setdefault((method, *key), method(self, *key))
-
-    return cast(Method, found)
 
 
 class Program:
@@ -119,7 +103,7 @@ class Program:
     ) -> None:  # fmt: skip
         self.schedule, self.target, self.d_in, self.d_out, self.rows = schedule, target, d_in, d_out, rows
         self.inner = inner
-        self.outside, self.inside = ELEMENTS[dtype]
+        self.name, (self.outside, self.inside) = dtype, ELEMENTS[dtype]
         self.shapes, self.part = tuple(shapes), part
         self.strides = part.strides(d_in, d_out) if part else (d_in, d_out)
         self.numel = sum(map(math.prod, shapes))
@@ -153,7 +137,7 @@ class Program:
         """Dtype of kept activations."""
         return _dtype(self.outside)
 
-    @_once
+    @once
     def packing(self, kind: str, numbers: tuple[int, ...]) -> Packing:
         """Return the copies of factors that the products ``kind`` read; of ``gradients``, the copies back."""
         sizes = tuple(self.copied(kind, k) for k in numbers)
@@ -187,7 +171,7 @@ class Program:
         # In pairs each element of 32 bits is two numbers.
         return math.prod(self.shapes[k]) * (BYTES["bfloat"] if copy[2] == "i32" else BYTES[copy[2]])
 
-    @_once
+    @once
     def work_bytes(self, threads: int, kept: bool) -> int:
         """Return the peak of temporary memory of the backward pass, without activations and returned gradients.
 
@@ -273,7 +257,7 @@ class Program:
         """Whether the output goes through scratch memory."""
         return self.inner[1] or self.d_out < self.schedule.widths[-1] or not self.rows
 
-    @_once
+    @once
     def forward(self, bias: bool, kept: bool) -> Pass:
         """Table: x, y, scratch, bias (if any), factors, and where ``kept`` the activations between steps."""
         schedule, last = self.schedule, len(self.schedule.forward)
@@ -302,7 +286,7 @@ class Program:
         ends = [*(() if cut else [y]), *(arrays[key] for key in outside)]
         return writer.compile(body, self._in_one_piece([x]), self._in_one_piece(ends), schedule.forward)
 
-    @_once
+    @once
     def backward(self, needs: tuple[bool, ...], kept: bool, shared: bool = False) -> Pass:
         """Table: x, gy, scratch, gx (if needed), factors for this pass, gradients of factors and bias, and activations.
 

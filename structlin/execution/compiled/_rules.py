@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from structlin._parse import Step
+from structlin.execution._kept import once
 from structlin.execution.compiled._limits import limits
 from structlin.execution.compiled._product import BYTES
 from structlin.execution.compiled._program import ELEMENTS, Program, make_program
 from structlin.execution.compiled._slices import LARGER, RUN, Slices, counts, enough, slices, whole
-from structlin.execution.compiled._target import CompileError, Target, host, tiled_host
+from structlin.execution.compiled._target import CompileError, host, tiled_host
 from structlin.execution.machine import caches
 
 # Activations are stored for the backward pass if computing one again takes more than KEPT_WORK vector multiplications,
@@ -27,11 +29,16 @@ WASTE = 12  # times the instructions that products without losses would take: mo
 
 
 class ChainRules:
-    """The rules of one chain, for row-major or column-major activations; dtypes are given by name."""
+    """The rules of one chain, for row-major or column-major activations; dtypes are given by name.
+
+    ``block``: tokens of a block; None: as many as the caches suggest. ``tiles``: only programs that use tiles.
+    ``near``: slices whose factors, or sums, have about the size of the second level of cache.
+    """
 
     def __init__(
-        self, steps: tuple[Step, ...], sizes: tuple[tuple[str, int], ...], d_in: int, d_out: int, rows: bool
-    ) -> None:
+        self, steps: tuple[Step, ...], sizes: tuple[tuple[str, int], ...], d_in: int, d_out: int, rows: bool,
+        block: int | None = None, tiles: bool = False, near: bool = False,
+    ) -> None:  # fmt: skip
         self.parts, self.rows, self.d_in, self.d_out = (steps, sizes, d_in, d_out, rows), rows, d_in, d_out
         size = dict(sizes)
         self.shapes = [tuple(size[a] for a in step.factor) for step in steps]
@@ -39,32 +46,20 @@ class ChainRules:
         self.macs, self.macs_before_last = sum(macs), sum(macs[:-1])
         self.numel = sum(map(math.prod, self.shapes))
         self.plain = not any(step.batch or step.carried for step in steps)
-        self.block: int | None = None  # tokens of a block; None: as many as the caches suggest. May be set at any time.
-        self.tiles = False  # only programs that use tiles; set before anything is asked for
-        self.near = False  # slices whose factors, or sums, have about the size of the second level of cache; likewise
-        self._programs: dict[tuple[str, int | None, bool], Program | None] = {}
-        self._fronts: dict[tuple[str, bool, int | None], Slices] = {}
-        self._backs: dict[tuple[str, int, int | None], Slices] = {}
+        self.block, self.tiles, self.near = block, tiles, near
+        self.made: dict[tuple[object, ...], Any] = {}  # by the methods below that are called once for their arguments
 
-    def _target(self) -> Target | None:
-        return tiled_host() if self.tiles else host()
-
-    def program(self, dtype: str, block: int | None = None, packed: bool = True) -> Program | None:
-        """Return the program, or None if this way should not run the chain; arguments as in :func:`make_program`."""
-        block = block or self.block
-        key = dtype, block, packed
-        if key not in self._programs:
-            target, found = self._target(), None
-            if target is not None and dtype in ELEMENTS:
-                found = make_program(*self.parts, dtype, target, None, packed, block)
-            if found is not None and packed:
-                cost = found.schedule.cost + found.schedule.back_cost
-                if cost > 3 * WASTE * self.macs / found.lanes:
-                    found = None
-            if found is not None and self.tiles and not found.uses_tiles:
-                found = None
-            self._programs[key] = found
-        return self._programs[key]
+    @once
+    def program(self, dtype: str, packed: bool = True) -> Program | None:
+        """Return the program, or None if this way should not run the chain; ``packed``: as in :func:`make_program`."""
+        target = tiled_host() if self.tiles else host()
+        if target is None or dtype not in ELEMENTS:
+            return None
+        found = make_program(*self.parts, dtype, target, None, packed, self.block)
+        if found is None or (self.tiles and not found.uses_tiles):
+            return None
+        wasted = found.schedule.cost + found.schedule.back_cost > 3 * WASTE * self.macs / found.lanes
+        return None if packed and wasted else found
 
     def given(self, dtype: str) -> Program:
         """Return the program of a dtype; raise CompileError if this processor has none."""
@@ -86,46 +81,34 @@ class ChainRules:
         """Return the numbers of the activations between the steps that are stored for so many tokens, in order."""
         return [kept * row for row in self.given(dtype).schedule.rows[1:-1]] if kept else []
 
+    @once
     def front(self, dtype: str, keeps: bool) -> Slices:
         """Return how to run the forward pass, which may be one that ``keeps`` activations."""
-        found = self._fronts.get((dtype, keeps, self.block))
-        if found is None:
-            target, program = self._target(), self.program(dtype)
-            assert target is not None
-            assert program is not None
-            found, item = whole(program), BYTES[program.outside]
-            most, each = (near_slice(),) * 2 if self.near else (limits().factors, limits().factors_slice)
-            if program.numel * item > most:
-                several, larger = counts(self.parts, program, False), NEAR_LARGER if self.near else LARGER
-                count = enough(several, program.numel, each // item, larger)
-                found = slices(self.parts, program, False, count, dtype, target, keeps)
-            self._fronts[dtype, keeps, self.block] = found
-        return found
-
-    def back(self, dtype: str, threads: int) -> Slices:
-        """Return how to run the backward pass, in which each thread has its own sums."""
-        found = self._backs.get((dtype, threads, self.block))
-        if found is None:
-            found = self._backs[dtype, threads, self.block] = self._back(dtype, threads)
-        return found
+        program = self.given(dtype)
+        item = BYTES[program.outside]
+        most, each = (near_slice(),) * 2 if self.near else (limits().factors, limits().factors_slice)
+        if program.numel * item <= most:
+            return whole(program)
+        several, larger = counts(self.parts, program, False), NEAR_LARGER if self.near else LARGER
+        return slices(self.parts, program, False, enough(several, program.numel, each // item, larger), keeps)
 
     def sums_are_large(self, program: Program) -> bool:
         """Whether the sums of gradients do not stay in cache well."""
         return program.numel * BYTES[program.inside] > limits().sums_slice
 
-    def _back(self, dtype: str, threads: int) -> Slices:
-        target, program = self._target(), self.program(dtype)
-        assert target is not None
-        assert program is not None
+    @once
+    def back(self, dtype: str, threads: int) -> Slices:
+        """Return how to run the backward pass, in which each thread has its own sums."""
+        program = self.given(dtype)
         several, item = counts(self.parts, program, True), BYTES[program.inside]
         most, larger = (near_slice(), NEAR_LARGER) if self.near else (limits().sums_slice, LARGER)
         least = enough(several, program.numel, most // item, larger)
-        found = slices(self.parts, program, True, least, dtype, target)
+        found = slices(self.parts, program, True, least)
         if program.numel * item < limits().room or self.room(found.program, threads, False) >= 0:
             return found
         for count in several:
             if least < count <= max(FEW_SLICES, several[-1] // RUN):
-                smaller = slices(self.parts, program, True, count, dtype, target)
+                smaller = slices(self.parts, program, True, count)
                 if self.room(smaller.program, threads, False) >= 0:
                     return smaller
         return found
@@ -141,8 +124,7 @@ class ChainRules:
         gradient, or only slightly if nothing is computed again. If the passes without activations already need clearly
         more, as much as x or y is stored.
         """
-        program, back = self.program(dtype), self.back(dtype, threads)
-        assert program is not None
+        program, back = self.given(dtype), self.back(dtype, threads)
         if back.states is None:
             return 0
         row, item = sum(program.schedule.rows[1:-1]), BYTES[program.outside]

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from structlin._parse import Step
 from structlin.execution.compiled._program import Part, Program, make_program
-from structlin.execution.compiled._target import Target
 
 RUN = 8  # numbers that are copied together, if this does not make the slices too large
 LARGER = 2  # times the wanted size of slices that are to stay in the last level of cache
@@ -61,8 +60,8 @@ def enough(counts: list[int], numel: int, most: int, larger: int = LARGER) -> in
 
 
 def slices(
-    chain: Chain, program: Program, of_input: bool, count: int, dtype: str, target: Target, keeps: bool = False
-) -> Slices:
+    chain: Chain, program: Program, of_input: bool, count: int, keeps: bool = False
+) -> Slices:  # fmt: skip
     """Return a program in this number of slices; the whole program if it cannot be divided.
 
     Of the input for a backward pass, or else of the output for a forward one, which may be one that ``keeps``
@@ -71,7 +70,7 @@ def slices(
     axis = _axis(chain, program, of_input)
     found = None
     if axis is not None and count > 1:
-        found = _slices(chain, program, axis, count, of_input, dtype, target, keeps)
+        found = _slices(chain, program, axis, count, of_input, keeps)
     return whole(program) if found is None or (keeps and found.states is None) else found
 
 
@@ -87,14 +86,16 @@ def _axis(chain: Chain, program: Program, of_input: bool) -> str | None:
 
 
 def _slices(
-    chain: Chain, program: Program, axis: str, count: int, of_input: bool, dtype: str, target: Target, keeps: bool
+    chain: Chain, program: Program, axis: str, count: int, of_input: bool, keeps: bool
 ) -> Slices | None:  # fmt: skip
     steps, sizes, d_in, d_out, rows = chain
     size = dict(sizes)
     part = Part(count, of_input, program.shapes, *((sizes, program.schedule.states) if keeps else ()))
     size[axis] //= count
     ends = (d_in // count, d_out) if of_input else (d_in, d_out // count)
-    one = make_program(steps, tuple(size.items()), *ends, rows, dtype, target, part, True, program.given)
+    one = make_program(
+        steps, tuple(size.items()), *ends, rows, program.name, program.target, part, True, program.given
+    )  # fmt: skip
     if one is None:
         return None
     factors = []

@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from structlin.execution._kept import once
 from structlin.execution.compiled._emit import Emitter, Memory
 from structlin.execution.compiled._forms import Array, Forms, Key
 from structlin.execution.compiled._ir import Int
@@ -95,17 +96,7 @@ class BlockProgram:
         self.half = self.second is None and spec.activation is not None
         self.inside, self.outside = programs[0].inside, programs[0].outside
         self.row = row_of(spec.d_in, self.inside)
-        self._made: dict[tuple[str, bool], Pass] = {}
-
-    def forward(self, keeps: bool = False) -> Pass:
-        """Return the forward pass, compiled once; ``keeps``: it stores the activations of :meth:`stored`."""
-        key = "forward", keeps
-        return self._made.get(key) or self._made.setdefault(key, self._forward(keeps))
-
-    def backward(self, kept: bool = False) -> Pass:
-        """Return the backward pass, compiled once; ``kept``: it reads the activations of :meth:`stored`."""
-        key = "backward", kept
-        return self._made.get(key) or self._made.setdefault(key, self._backward(kept))
+        self.made: dict[tuple[object, ...], Any] = {}  # passes
 
     def forward_plan(self, tokens: int, threads: int, keeps: bool) -> Plan:
         """Return the plan of :meth:`forward`, of x, what is added, and factors: the outputs, and what is stored."""
@@ -210,7 +201,9 @@ class BlockProgram:
         """Whether a row of the input lies in scratch memory as the chain reads it."""
         return program.schedule.widths[0] == self.spec.d_in and program.schedule.rows[0] == self.row
 
-    def _forward(self, keeps: bool) -> Pass:
+    @once
+    def forward(self, keeps: bool = False) -> Pass:
+        """Return the forward pass; ``keeps``: it stores the activations of :meth:`stored`."""
         spec = self.spec
         all_forms = []
         for program in self.programs:
@@ -258,7 +251,9 @@ class BlockProgram:
         operations = [operation for program in self.programs for operation in program.schedule.forward]
         return writer.compile(body, [frame.x], [*frame.ends, *frame.kept.values()], operations)
 
-    def _backward(self, kept: bool) -> Pass:
+    @once
+    def backward(self, kept: bool = False) -> Pass:
+        """Return the backward pass; ``kept``: it reads the activations of :meth:`stored`."""
         spec, all_forms = self.spec, []
         for program, again in zip(self.programs, self.again(kept), strict=True):
             needs = (True,) * (2 + len(program.shapes))

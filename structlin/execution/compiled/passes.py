@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from torch.nn import functional as F
 from structlin._parse import Step
 from structlin.execution._memory import advised
 from structlin.execution.compiled._plans import Call, Plan
-from structlin.execution.compiled._program import Program
 from structlin.execution.compiled._rules import ChainRules
 from structlin.execution.compiled._schedule import LINE
 from structlin.execution.compiled._team import run_shares
@@ -25,33 +25,28 @@ class FusedChain(ChainRules):
     """The two passes; see :class:`structlin.execution.torch_cpu.Passes`."""
 
     def __init__(
-        self, steps: tuple[Step, ...], sizes: tuple[tuple[str, int], ...], d_in: int, d_out: int, rows: bool
-    ) -> None:
-        super().__init__(steps, sizes, d_in, d_out, rows)
+        self, steps: tuple[Step, ...], sizes: tuple[tuple[str, int], ...], d_in: int, d_out: int, rows: bool,
+        **which: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(steps, sizes, d_in, d_out, rows, **which)
         # Of plain matrices whether each is (free, contracted), or else the other way round; None of others.
         self._upright = _upright(steps, sizes, d_in, d_out) if rows and self.plain else None
-        self._found: dict[torch.dtype, Program | None] = {}
         self._plans = Plans()
         self.failed = False  # the compiler did not compile a pass: no other is tried
 
     def ready(self, dtype: torch.dtype) -> bool:
         """Whether the chain can be compiled for this dtype, and the compiler has not failed."""
-        return not self.failed and self._program(dtype) is not None
-
-    def _program(self, dtype: torch.dtype) -> Program | None:
-        if dtype not in self._found:
-            self._found[dtype] = self.program(NAMES[dtype]) if dtype in NAMES else None
-        return self._found[dtype]
+        return not self.failed and dtype in NAMES and self.program(NAMES[dtype]) is not None
 
     def forward(
         self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None = None, kept: list[Tensor] | None = None
     ) -> Tensor:
         """Compute the product, and append to ``kept`` the activations that the backward pass reads."""
-        program, name, tokens = self._ready(x.dtype), NAMES[x.dtype], x.shape[0 if self.rows else 1]
-        threads = torch.get_num_threads()
+        name, tokens, threads = NAMES[x.dtype], x.shape[0 if self.rows else 1], torch.get_num_threads()
         cut = 0 if kept is None else self.kept_tokens(name, tokens, self.shares(tokens, threads))
         operands = [x.contiguous(), *(factor.contiguous() for factor in factors)]
         if bias is not None:
+            program = self.given(name)
             spare = program.schedule.widths[-1] - self.d_out
             operands.append((F.pad(bias, (0, spare)) if spare else bias).to(program.dtype).contiguous())
         y, *found = run(self._plan(Call(self, name, tokens, threads, cut, bias is not None)), operands)
@@ -63,14 +58,15 @@ class FusedChain(ChainRules):
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], kept: Sequence[Tensor] = ()
     ) -> tuple[Tensor | None, ...]:
         """Compute the gradients that ``needs`` selects."""
-        program, tokens, threads = self._ready(x.dtype), x.shape[0 if self.rows else 1], torch.get_num_threads()
+        name, tokens, threads = NAMES[x.dtype], x.shape[0 if self.rows else 1], torch.get_num_threads()
+        program = self.given(name)
         by_blas = x.dtype is not torch.float16 and self._upright is not None  # whose products are slow in float16
         several = self.shares(tokens, threads) > 1
         if by_blas and (program.pairs or (several and self.sums_are_large(program))):
             return self._plain_backward(gy, x, factors, needs, kept)
         *needs, for_bias = needs
         cut = kept[0].numel() // program.schedule.rows[1] if kept else 0
-        call = Call(self, NAMES[x.dtype], tokens, threads, cut, needs=(*needs, False))
+        call = Call(self, name, tokens, threads, cut, needs=(*needs, False))
         if inside := for_bias and self.rows and call.back().count == 1:
             call = replace(call, needs=(*needs, True))
         operands = [gy.contiguous(), x.contiguous(), *(factor.contiguous() for factor in factors), *kept]
@@ -81,8 +77,7 @@ class FusedChain(ChainRules):
         return *gradients, next(found).to(x.dtype) if inside else gy.sum(0 if self.rows else 1)
 
     def _plan(self, call: Call) -> Plan:
-        key = self.block, *(value for name, value in vars(call).items() if name != "chain")
-        return self._plans.get(key, call.plan)
+        return self._plans.get(tuple(value for name, value in vars(call).items() if name != "chain"), call.plan)
 
     def _plain_backward(
         self, gy: Tensor, x: Tensor, factors: Sequence[Tensor], needs: Sequence[bool], kept: Sequence[Tensor]
@@ -91,7 +86,7 @@ class FusedChain(ChainRules):
 
         This applies in bfloat16, and to large matrices if each of several threads would need its own sums.
         """
-        program, tokens, (for_x, *for_factors, for_bias) = self._ready(x.dtype), x.shape[0], needs
+        program, tokens, (for_x, *for_factors, for_bias) = self.given(NAMES[x.dtype]), x.shape[0], needs
         upright, widths = self._upright or (), program.schedule.widths
         matrices = [
             f.reshape(out, d) if up else f.reshape(d, out).mT
@@ -115,11 +110,6 @@ class FusedChain(ChainRules):
         if for_x:
             found[0] = gy
         return tuple(found)
-
-    def _ready(self, dtype: torch.dtype) -> Program:
-        program = self._program(dtype)
-        assert program is not None
-        return program
 
 
 def _upright(

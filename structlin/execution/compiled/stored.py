@@ -36,7 +36,7 @@ class StoredChain:
     def program(self, dtype: torch.dtype) -> Program | None:
         """Return the program of a dtype; None if this way cannot run the chain."""
         name = NAMES.get(dtype)
-        found = None if name is None or not self._rules.rows else self._rules.program(name, packed=False)
+        found = None if name is None or not self._rules.rows else self._rules.program(name, False)
         # Bias and output are read and written as they are.
         return found if found is not None and found.schedule.widths[-1] == self._rules.d_out else None
 

@@ -124,9 +124,9 @@ class XLAChain(ChainRules):
         """Return the number of tokens whose activations between the steps to store for the backward pass."""
         return attempt(lambda: self.kept_tokens(dtype, tokens, shares(tokens, threads())), 0)
 
-    def program(self, dtype: str, block: int | None = None, packed: bool = True) -> Program | None:
+    def program(self, dtype: str, packed: bool = True) -> Program | None:
         """Return the program, or None if this way should not run the chain."""
-        return super().program(dtype, block, packed) if dtype in TYPES else None
+        return super().program(dtype, packed) if dtype in TYPES else None
 
     def _tokens(self, x: Array) -> int:
         return x.shape[0 if self.rows else 1]

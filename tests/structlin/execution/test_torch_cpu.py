@@ -326,7 +326,7 @@ def test_random_chains_agree(way):
         ]
         x = torch.randn(9, structure.d_in, dtype=torch.float64)
         chain = chain_of(structure)
-        run += chain.chunked.merges if way == "chunked" else chain.compiled._program(x.dtype) is not None
+        run += chain.chunked.merges if way == "chunked" else chain.compiled.ready(x.dtype)
         matrix = torch.from_numpy(dense_matrix(structure, factors))
         torch.testing.assert_close(structure.apply(factors, x), x @ matrix.T, rtol=1e-10, atol=1e-10)
         plain = torch.func.grad(lambda *f, s=structure, x=x: s.apply(f, x).square().sum(), tuple(range(len(factors))))
@@ -470,7 +470,7 @@ def test_pairs_of_bfloat16(name, options, tokens):
     """Sums are in float32; what lies between two steps is rounded to bfloat16."""
     structure = sl.design(name, (20 * 36, 16 * 28), **options)
     chain = chain_of(structure).compiled
-    program = chain._program(torch.bfloat16)
+    program = chain.program("bfloat16")
     operations = (*program.schedule.forward, *program.schedule.back)
     assert any(operation.product.paired for operation in operations)
     if name == "block_tensor_train" and options["rank"] == 1:

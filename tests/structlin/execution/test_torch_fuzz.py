@@ -67,7 +67,7 @@ def reads_beyond():
 def draw_passes(rng, chain, dtype):
     """A way that runs this chain in this dtype, whether it is the fastest or not."""
     ways = [SingleProducts(chain.structure, chain.rows)]
-    ways += [chain.compiled] * 3 if chain.compiled._program(dtype) is not None else []
+    ways += [chain.compiled] * 3 if chain.compiled.ready(dtype) else []
     kinds = ("chunked", "batched", "compiled-tiles", "compiled-tiles-64", "compiled-near", "compiled-tiles-near")
     others = (chain.passes(kind, dtype) for kind in kinds)
     ways += [passes for passes in others if passes is not None]

@@ -100,8 +100,8 @@ def both_passes(chain, x, gy, factors):
     return chain.forward(x, factors), *chain.backward(gy, x, factors, needs)[:-1]
 
 
-def chain_of(structure, rows=True):
-    return FusedChain(structure.steps, structure.sizes, structure.d_in, structure.d_out, rows)
+def chain_of(structure, rows=True, block=None):
+    return FusedChain(structure.steps, structure.sizes, structure.d_in, structure.d_out, rows, block=block)
 
 
 @pytest.mark.parametrize("rows", [True, False], ids=["rows", "columns"])
@@ -113,8 +113,7 @@ def test_blocks_of_any_size(name, dtype, rows):
     x, gy, factors, wanted = whole_problem(structure, dtype, 101)
     turned = (lambda t: t) if rows else (lambda t: t.mT.contiguous())
     for size in (1, 7, 17, 36, 200):
-        chain = chain_of(structure, rows)
-        chain.block = size
+        chain = chain_of(structure, rows, size)
         program = chain.program(dtype)
         if program is None:
             assert dtype in ("bfloat16", "float16")

@@ -80,7 +80,7 @@ def close(found, expected, dtype):
 def test_values_and_gradients(name, dtype, rows, kept, most, monkeypatch):
     structure, factors, x, gy, bias = problem(*CHAINS[name], dtype)
     chain = chain_of(structure, rows)
-    if chain._program(dtype) is None:
+    if not chain.ready(dtype):
         assert dtype == torch.bfloat16
         assert not rows
         return
@@ -134,14 +134,14 @@ def test_threads(kept, most, monkeypatch):
 def test_any_sizes(sizes, tokens):
     structure, factors, x, gy, bias = problem(CHAINS["two"][0], sizes, torch.float64, tokens)
     chain = chain_of(structure)
-    program = chain._program(torch.float64)
+    program = chain.program("float64")
     if program is None:
         return
     back, front = (counts(chain.parts, program, of_input)[-1] for of_input in (True, False))
     assert (back, front) == (sizes["p"], sizes["f"])
-    chain._fronts["float64", False, None] = slices(chain.parts, program, False, front, "float64", HOST)
-    for threads in range(1, 1 + torch.get_num_threads()):
-        chain._backs["float64", threads, None] = slices(chain.parts, program, True, back, "float64", HOST)
+    front = slices(chain.parts, program, False, front)
+    back = slices(chain.parts, program, True, back)
+    chain.front, chain.back = (lambda *_: front), (lambda *_: back)
     doubles = [t.requires_grad_() for t in (x, *factors)]
     y = oracle(structure, x, factors)
     wanted = (y + bias, *torch.autograd.grad(y, doubles, gy), gy.sum(0))
@@ -164,16 +164,16 @@ def test_any_sizes(sizes, tokens):
 )
 def test_what_is_in_one_piece(structure):
     chain = chain_of(structure)
-    program = chain._program(torch.float32)
+    program = chain.program("float32")
     for of_input in (True, False):
         assert counts(chain.parts, program, of_input) == [1]
-        assert slices(chain.parts, program, of_input, 2, "float32", HOST) == whole(program)
+        assert slices(chain.parts, program, of_input, 2) == whole(program)
 
 
 def test_activations_in_another_order_are_not_kept(monkeypatch):
     structure, factors, x, _, _ = problem(*CHAINS["two"], torch.float32)
     chain = chain_of(structure)
-    program = chain._program(torch.float32)
+    program = chain.program("float32")
     monkeypatch.setattr(_rules, "limits", lambda: replace(limits(), sums_slice=0))
     monkeypatch.setattr(_rules, "KEPT_WORK", 0)
     monkeypatch.setattr(_rules, "FRESH_WORK", 0)
@@ -196,7 +196,7 @@ def test_activations_kept_for_other_threads_are_read(monkeypatch):
     monkeypatch.setattr(chain, "kept_tokens", lambda *_: 48)
     chain.forward(x, factors, None, kept)
     wanted = chain.backward(gy, x, factors, [True] * 4, kept)
-    found = slices(chain.parts, chain._program(x.dtype), True, 4, "float64", HOST)
+    found = slices(chain.parts, chain.program(str(x.dtype).removeprefix("torch.")), True, 4)
     monkeypatch.setattr(chain, "back", lambda *_: replace(found, states=None))
     for got, exact in zip(chain.backward(gy, x, factors, [True] * 4, kept), wanted, strict=True):
         assert torch.equal(got, exact)
@@ -230,7 +230,7 @@ def test_slices_take_less_memory():
     chain = chain_of(structure)
     for dtype in ("float32", "bfloat16"):
         program = chain.program(dtype)
-        parts = slices(chain.parts, program, True, 8, dtype, HOST)
+        parts = slices(chain.parts, program, True, 8)
         assert parts.count == 8
         assert math.prod(parts.program.shapes[0]) * 8 == math.prod(program.shapes[0])
         for threads in (1, 2, 16):

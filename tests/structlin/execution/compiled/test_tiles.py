@@ -73,9 +73,11 @@ def tiles():
         make_block.cache_clear()
 
 
-def chain_by_tiles(structure):
-    chain = FusedChain(structure.steps, structure.sizes, structure.d_in, structure.d_out, True)
-    chain.tiles, chain._upright = True, None
+def chain_by_tiles(structure, near=False):
+    chain = FusedChain(
+        structure.steps, structure.sizes, structure.d_in, structure.d_out, True, tiles=True, near=near
+    )  # fmt: skip
+    chain._upright = None
     return chain
 
 
@@ -142,8 +144,7 @@ def test_scratch_memory_that_holds_no_numbers(name, tiles, monkeypatch):
 def test_slices_that_stay_in_the_second_level_of_cache(tiles, monkeypatch):
     structure = STRUCTURES["btt4"]
     monkeypatch.setattr(_rules, "near_slice", lambda: structure.num_params)
-    chain = chain_by_tiles(structure)
-    chain.near = True
+    chain = chain_by_tiles(structure, near=True)
     assert chain.front("bfloat16", False).count > 1
     assert chain.back("bfloat16", 1).count > 1
     assert wrong_by(structure, chain, 70) < TOLERANCE
