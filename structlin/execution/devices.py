@@ -137,14 +137,16 @@ DEVICES: dict[str, Device] = {
 """Rates of dense matrix products on tensor cores; ``float32`` without them, ``tfloat32`` for float32 rounded to it."""
 
 
-def named(name: str) -> Device:
-    """Return a device of :data:`DEVICES`; ValueError for any other name.
+def named(name: str | Device) -> Device:
+    """Return a device of :data:`DEVICES`, or the given one; ValueError for any other name.
 
     Examples
     --------
     >>> named("h200").bandwidth
     4800000000000.0
     """
+    if isinstance(name, Device):
+        return name
     if name not in DEVICES:
         raise ValueError(f"unknown device {name!r}; one of {', '.join(DEVICES)}")
     return DEVICES[name]

@@ -9,7 +9,7 @@ value, so CUDA graphs can record it. Results are bit-identical for the same size
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -125,11 +125,6 @@ class StridedWay(Way):
         """Do what :meth:`backward` does, with plain tensors of one dtype."""
         chunk = self._chunk(structure, rows, x.shape[0 if rows else 1], x.dtype, True)
         return strided(structure, rows).backward(gy, x, factors, needs, chunk, () if chunk else kept)
-
-    def bind(self, structure: Structure, rows: bool) -> Callable[[Tensor, Sequence[Tensor], Tensor | None], Tensor]:
-        """Return the product of one structure as a function."""
-        strided(structure, rows)
-        return lambda x, factors, bias: self.run(structure, factors, x, bias, rows)
 
 
 class FusedWay(StridedWay):

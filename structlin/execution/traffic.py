@@ -126,7 +126,7 @@ class Traffic:
 
 def ceiling(problem: Problem, device: Device | str) -> Traffic:
     """Return the forward pass as one kernel that keeps all activations on the chip: the least possible traffic."""
-    on, structure = named(device) if isinstance(device, str) else device, problem.structure
+    on, structure = named(device), problem.structure
     item = getattr(torch, problem.dtype).itemsize
     sizes = [problem.tokens * structure.d_in, *(f.numel for f in structure.factors)]
     reads = tuple(Access((k, 0), size * item) for k, size in enumerate(sizes))
@@ -310,7 +310,7 @@ def predict(way: Way, problem: Problem, device: Device | str | None = None, *, b
     ValueError
         An unknown device.
     """
-    on = named(device) if isinstance(device, str) else device or device_here()
+    on = named(device or device_here())
     with assuming(on):
         kernels, results = _recorded(way, problem, bias)
     dtype = "tfloat32" if problem.dtype == "float32" and torch.backends.cuda.matmul.allow_tf32 else problem.dtype
@@ -406,7 +406,7 @@ def fastest(problem: Problem, device: Device | str) -> tuple[Way, Traffic]:
 
 def _predicted(problem: Problem, device: Device | str) -> list[tuple[Way, Traffic]]:
     """Return the ways that can run a problem of CUDA, by their predicted times."""
-    on = named(device) if isinstance(device, str) else device
+    on = named(device)
     with assuming(on):
         ways = [c.way for c in choice.candidates(problem, choice.policy_of(choice.policy_text()))]
         found = [(way, predict(way, problem, on, bias=False)) for way in ways]
@@ -418,7 +418,7 @@ def explained(problem: Problem, device: Device | str) -> str:
 
     The efficiency is that of the MACs of the chain, of which a training step has three times as many.
     """
-    on = named(device) if isinstance(device, str) else device
+    on = named(device)
     macs = problem.structure.macs * problem.tokens * (3 if problem.train else 1)
     rows = [("way", "kernels", "memory", "L2", "GMACs", "efficiency", "predicted")]
     rows += [

@@ -38,34 +38,36 @@ class Emitter:
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
-    def load(self, at: Memory, offset: Int, lanes: int) -> str:
-        """Return a vector; beyond ``lanes`` it is 0, and nothing is read there."""
+    def load(self, at: Memory, offset: Int, lanes: int, mask: tuple[str, str] | None = None) -> str:
+        """Return a vector; beyond ``lanes``, or else where a ``mask`` is false, it is 0, and nothing is read there."""
         kind = f"<{self.lanes} x {BITS.get(at.element, at.element)}>"
         pointer = self.code.at(at.element, at.pointer, offset)
-        if lanes == self.lanes:
+        if lanes == self.lanes and mask is None:
             found = self.code.value(f"load {kind}, ptr {pointer}, align {BYTES[at.element]}")
         else:
             name = f"llvm.masked.load.v{self.lanes}{self.short[at.element]}.p0"
+            there = mask or self._mask(lanes)
             found = self.code.call(
-                kind, name, ("ptr", pointer), ("i32", BYTES[at.element]), self._mask(lanes), (kind, "zeroinitializer")
+                kind, name, ("ptr", pointer), ("i32", BYTES[at.element]), there, (kind, "zeroinitializer")
             )
         return found if at.element in (self.element, "i32") else self._widened(found, self.lanes, at.element)
 
-    def store(self, at: Memory, offset: Int, value: str, lanes: int) -> None:
+    def store(self, at: Memory, offset: Int, value: str, lanes: int, mask: tuple[str, str] | None = None) -> None:
         kind = f"<{self.lanes} x {BITS.get(at.element, at.element)}>"
         pointer = self.code.at(at.element, at.pointer, offset)
         if at.element not in (self.element, "i32"):
             value = self._narrowed(value, self.lanes, at.element)
-        if lanes == self.lanes:
+        if lanes == self.lanes and mask is None:
             self.code.put(f"store {kind} {value}, ptr {pointer}, align {BYTES[at.element]}")
-        elif self.target.width == 32:  # AVX2, whose masked stores are slow on processors of AMD
+        elif self.target.width == 32 and mask is None:  # AVX2, whose masked stores are slow on processors of AMD
             part = f"<{lanes} x {BITS.get(at.element, at.element)}>"
             some = ", ".join(f"i32 {k}" for k in range(lanes))
             part_of = self.code.value(f"shufflevector {kind} {value}, {kind} poison, <{lanes} x i32> <{some}>")
             self.code.put(f"store {part} {part_of}, ptr {pointer}, align {BYTES[at.element]}")
         else:
             name = f"llvm.masked.store.v{self.lanes}{self.short[at.element]}.p0"
-            self.code.call("void", name, (kind, value), ("ptr", pointer), ("i32", BYTES[at.element]), self._mask(lanes))
+            there = mask or self._mask(lanes)
+            self.code.call("void", name, (kind, value), ("ptr", pointer), ("i32", BYTES[at.element]), there)
 
     def store_two(self, at: Memory, offset: Int, vectors: tuple[str, str]) -> None:
         """Store two whole vectors, one after the other."""
@@ -98,9 +100,6 @@ class Emitter:
         name = f"llvm.x86.avx512bf16.cvtne2ps2bf16.{32 * self.lanes}"
         first, second = ((self.vector, vector) for vector in vectors)
         return self.code.call(f"<{2 * self.lanes} x bfloat>", name, second, first)
-
-    def number(self, at: Memory, offset: Int) -> str:
-        return self.load_some(at, offset, 1)
 
     def load_some(self, at: Memory, offset: Int, count: int) -> str:
         """Return some neighbours, as a vector of this length; a single one as a number."""
@@ -187,8 +186,7 @@ class Emitter:
 
     def spread(self, at: Memory, offset: Int) -> str:
         """Return a number in all lanes."""
-        one = self.number(at, offset)
-        return self._spread(one, self.element)
+        return self._spread(self.load_some(at, offset, 1), self.element)
 
     def spread_pair(self, at: Memory, offset: Int) -> str:
         """Return two neighbours of 16 bits, repeated in all lanes."""
@@ -337,11 +335,11 @@ class Emitter:
         """
         code, lanes = self.code, self.lanes
 
-        def square(first: Int, mask: str, k: Int, there: int, kept: int) -> None:
+        def square(first: Int, mask: tuple[str, str], k: Int, there: int, kept: int) -> None:
             held = []
             for r in range(lanes):
                 place = code.add(code.multiply(code.add(k, r), total), first)
-                held.append(self._masked(source, place, mask) if r < there else "zeroinitializer")
+                held.append(self.load(source, place, lanes, mask) if r < there else "zeroinitializer")
             for r, row in enumerate(self.transposed(held)):
                 self.store(target, code.add(code.multiply(code.add(first, r), stride), k), row, kept)
 
@@ -357,12 +355,12 @@ class Emitter:
         """Invert :meth:`from_columns`, for the first ``width`` numbers of each row."""
         code, lanes = self.code, self.lanes
 
-        def square(first: Int, mask: str, k: Int, count: int) -> None:
+        def square(first: Int, mask: tuple[str, str], k: Int, count: int) -> None:
             held = [
                 self.load(source, code.add(code.multiply(code.add(first, r), stride), k), count) for r in range(lanes)
             ]
             for r, row in enumerate(self.transposed(held)[:count]):
-                self._put_masked(target, code.add(code.multiply(code.add(k, r), total), first), row, mask)
+                self.store(target, code.add(code.multiply(code.add(k, r), total), first), row, lanes, mask)
 
         def tokens(first: Int, _: Values) -> None:
             mask = self._active(first)
@@ -370,22 +368,10 @@ class Emitter:
 
         code.loop(0, self.tokens, lanes, tokens)
 
-    def _active(self, first: Int) -> str:
+    def _active(self, first: Int) -> tuple[str, str]:
         """Return the lanes of tokens that are there."""
-        name = f"llvm.get.active.lane.mask.v{self.lanes}i1.i64"
-        return self.code.call(f"<{self.lanes} x i1>", name, ("i64", first), ("i64", self.tokens))
-
-    def _masked(self, at: Memory, offset: Int, mask: str) -> str:
-        pointer = self.code.at(at.element, at.pointer, offset)
-        name, kind = f"llvm.masked.load.v{self.lanes}{self.short[at.element]}.p0", f"<{self.lanes} x i1>"
-        more = ("i32", BYTES[at.element]), (kind, mask), (self.vector, "zeroinitializer")
-        return self.code.call(self.vector, name, ("ptr", pointer), *more)
-
-    def _put_masked(self, at: Memory, offset: Int, value: str, mask: str) -> None:
-        pointer = self.code.at(at.element, at.pointer, offset)
-        name, kind = f"llvm.masked.store.v{self.lanes}{self.short[at.element]}.p0", f"<{self.lanes} x i1>"
-        more = ("i32", BYTES[at.element]), (kind, mask)
-        self.code.call("void", name, (self.vector, value), ("ptr", pointer), *more)
+        name, kind = f"llvm.get.active.lane.mask.v{self.lanes}i1.i64", f"<{self.lanes} x i1>"
+        return kind, self.code.call(kind, name, ("i64", first), ("i64", self.tokens))
 
     def transposed(self, rows: list[str]) -> list[str]:
         """Return a square of vectors, by shuffling each with the one half the square away, as often as halves fit."""

@@ -213,7 +213,7 @@ class Program:
         if self._fixed:
             return self._fixed
         if not gradients or self.numel * self.size <= limits().sums:
-            return self._near_block(each)
+            return self.near_block(each)
         blocks = self._large_blocks[-1:] if shared else self._large_blocks
         return next((b for b in blocks if b * each <= limits().sums_block), blocks[-1])
 
@@ -222,7 +222,7 @@ class Program:
         if self._fixed:
             return self._fixed
         if self.numel * BYTES[self.outside] <= limits().factors:
-            return self._near_block(each)
+            return self.near_block(each)
         least = TILE_BLOCKS[-1] if self.tiles else OTHER_BLOCKS[-1]
         return next((b for b in self._large_blocks if b * each <= limits().factors_block), least)
 
@@ -230,7 +230,8 @@ class Program:
     def _large_blocks(self) -> tuple[int, ...]:
         return LARGE_TILE_BLOCKS if self.tiles else LARGE_BLOCKS
 
-    def _near_block(self, each: int) -> int:
+    def near_block(self, each: int) -> int:
+        """Return the tokens of a block whose activations are in the second level of cache."""
         few = self.pairs or self.target.registers < 32
         blocks = TILE_BLOCKS if self.tiles else OTHER_BLOCKS if few else BLOCKS
         return next((b for b in blocks if b * each <= limits().block), blocks[-1])
@@ -238,9 +239,9 @@ class Program:
     @property
     def block(self) -> int:
         """Tokens of a block of the forward pass."""
-        return self._front_block(self._front_forms().bytes([]))
+        return self._front_block(self.front_forms().bytes([]))
 
-    def _front_forms(self) -> Forms:
+    def front_forms(self) -> Forms:
         """Return the forms of arrays that the forward pass reads."""
         schedule, forms = self.schedule, Forms(self.inside, self.schedule.rows)
         for k, operation in enumerate(schedule.forward):
@@ -261,7 +262,7 @@ class Program:
     def forward(self, bias: bool, kept: bool) -> Pass:
         """Table: x, y, scratch, bias (if any), factors, and where ``kept`` the activations between steps."""
         schedule, last = self.schedule, len(self.schedule.forward)
-        forms, cut = self._front_forms(), self.cuts_front
+        forms, cut = self.front_forms(), self.cuts_front
         outside = forms.keep("state", range(1, last)) if kept else []
         writer = Writer(self, self._front_block(forms.bytes([])))
         x, y = map(writer.end, self.strides)

@@ -22,10 +22,9 @@ from structlin.execution._kept import once
 from structlin.execution.compiled._emit import Emitter, Memory
 from structlin.execution.compiled._forms import Array, Forms, Key
 from structlin.execution.compiled._ir import Int
-from structlin.execution.compiled._limits import limits
 from structlin.execution.compiled._plans import NAMES, Plan, Spec
 from structlin.execution.compiled._product import BYTES
-from structlin.execution.compiled._program import BLOCKS, OTHER_BLOCKS, TILE_BLOCKS, Program, make_program
+from structlin.execution.compiled._program import Program, make_program
 from structlin.execution.compiled._rows import Rows
 from structlin.execution.compiled._schedule import row as row_of
 from structlin.execution.compiled._target import Target
@@ -186,16 +185,9 @@ class BlockProgram:
         """Whether the output of a chain is an input of the activation function."""
         return self.spec.activation is not None and program is not self.second
 
-    def _block(self, each: int) -> int:
-        if self.given:
-            return self.given
-        few = self.first[0].pairs or self.target.registers < 32
-        blocks = TILE_BLOCKS if self.first[0].tiles else OTHER_BLOCKS if few else BLOCKS
-        return next((b for b in blocks if b * each <= limits().block), blocks[-1])
-
     def _writer(self, all_forms: Sequence[Forms]) -> Writer:
         each = sum(forms.bytes([]) for forms in all_forms) + self.row * BYTES[self.inside]
-        return Writer(self.first[0], self._block(each))
+        return Writer(self.first[0], self.given or self.first[0].near_block(each))
 
     def _direct(self, program: Program) -> bool:
         """Whether a row of the input lies in scratch memory as the chain reads it."""
@@ -204,18 +196,7 @@ class BlockProgram:
     @once
     def forward(self, keeps: bool = False) -> Pass:
         """Return the forward pass; ``keeps``: it stores the activations of :meth:`stored`."""
-        spec = self.spec
-        all_forms = []
-        for program in self.programs:
-            forms = Forms(self.inside, program.schedule.rows)
-            for k, operation in enumerate(program.schedule.forward):
-                forms.now = k
-                forms.read_by(operation, "state", k)
-                forms.write("state", k + 1)
-            if program.cuts_front:
-                forms.now = len(program.schedule.forward)
-                forms.read("state", len(program.schedule.forward))
-            all_forms.append(forms)
+        spec, all_forms = self.spec, [program.front_forms() for program in self.programs]
         writer = self._writer(all_forms)
         if keeps:
             for number, k in self.stored():  # which are copied after the last product of their chain
