@@ -110,9 +110,8 @@ class Compiled(models.CompiledWay, JaxWay):
         return jax_cpu.chain_of(problem.structure, problem.rows).ready(problem.dtype) is not None
 
     def model(self, problem: Problem) -> float:
-        program, found = jax_cpu.chain_of(problem.structure, problem.rows).given(problem.dtype), self.wide(problem)
-        total = models.compiled(problem, program, found, back=False)
-        return total + models.compiled(problem, program, found, back=True) if problem.train else total
+        program = jax_cpu.chain_of(problem.structure, problem.rows).given(problem.dtype)
+        return sum(self.compiled(problem, program, back) for back in ((False, True) if problem.train else (False,)))
 
     def run(
         self, structure: Structure, factors: Sequence[Array], x: Array, bias: Array | None, rows: bool

@@ -30,11 +30,7 @@ __all__ = [
     "EstimatedWay",
     "ProductsWay",
     "calibrated",
-    "compiled",
-    "dense",
     "is_large",
-    "makes_dense",
-    "products",
     "timed_dtype",
 ]
 
@@ -95,11 +91,17 @@ class DenseWay(EstimatedWay):
 
     def supports(self, problem: Problem) -> bool:
         """Whether the dense matrix is small enough to be made."""
-        return problem.device in ("cpu", "cuda") and makes_dense(problem)
+        item, structure = BYTES.get(problem.dtype), problem.structure
+        if problem.device not in ("cpu", "cuda") or item is None:
+            return False
+        return structure.d_in * structure.d_out * item <= MOST_BYTES
 
     def model(self, problem: Problem) -> float:
-        """Return the seconds of products and copies, without calls."""
-        return dense(problem, self.rates(problem))
+        """Return the seconds of making the matrix by the chain from the identity, and of one product with it."""
+        structure, found = problem.structure, self.rates(problem)
+        wide = replace(problem, rows=True, tokens=structure.d_in)
+        product = found.product(1, structure.d_in, structure.d_out, problem.tokens, rows=problem.rows)
+        return products(wide, found) + product * (PASSES if problem.train else 1)
 
 
 class CompiledWay(EstimatedWay):
@@ -125,11 +127,24 @@ class CompiledWay(EstimatedWay):
         """Estimate the time of a problem in seconds."""
         return self.compilations(problem) * COMPILING + super().seconds(problem)
 
+    def compiled(self, problem: Problem, program: Program, back: bool, slices: int = 0) -> float:
+        """Return the seconds of a compiled pass: its instructions at the rate of those of a dense product.
 
-def makes_dense(problem: Problem) -> bool:
-    """Whether the dense matrix is small enough to be made."""
-    item = BYTES.get(problem.dtype)
-    return item is not None and problem.structure.d_in * problem.structure.d_out * item <= MOST_BYTES
+        If the factors do not fit into cache, they are also read for each block of tokens. With ``slices`` that fit, the
+        input or the output is read for each slice instead.
+        """
+        found = self.wide(problem)
+        cost = program.schedule.back_cost if back else program.schedule.cost
+        instruction = program.lanes * found.fastest * problem.threads  # seconds, on one thread
+        threads = shares(problem.tokens, problem.threads, problem.structure.macs)
+        numbers = problem.structure.num_params
+        touched = 3 if back else 1  # the factors are read, and their gradients read and written
+        busy = problem.tokens * cost * instruction
+        if slices:
+            busy += problem.tokens * (slices - 1) * min(problem.structure.d_in, problem.structure.d_out) * found.run
+        elif numbers * BYTES[problem.dtype] > caches().l2:
+            busy += touched * numbers * found.read * problem.tokens / program.block
+        return busy / threads + touched * numbers * found.run
 
 
 def timed_dtype(dtype: str) -> str:
@@ -165,34 +180,6 @@ def products(problem: Problem, found: Rates) -> float:
     ends = problem.structure.d_out * tokens  # a bias is added by an operation of its own
     total += ends * found.run + fresh(problem, found, ends)
     return total * (PASSES if problem.train else 1)
-
-
-def dense(problem: Problem, found: Rates) -> float:
-    """Return the seconds of making the matrix by the chain from the identity, and of one product with it."""
-    structure = problem.structure
-    wide = replace(problem, rows=True, tokens=structure.d_in)
-    product = found.product(1, structure.d_in, structure.d_out, problem.tokens, rows=problem.rows)
-    return products(wide, found) + product * (PASSES if problem.train else 1)
-
-
-def compiled(problem: Problem, program: Program, found: Rates, back: bool, slices: int = 0) -> float:
-    """Return the seconds of a compiled pass: its instructions at the rate of those of a dense product.
-
-    If the factors do not fit into cache, they are also read for each block of tokens. With ``slices`` that fit, the
-    input or the output is read for each slice instead. ``found`` are the rates of float32 or
-    float64, the dtype of the computation.
-    """
-    cost = program.schedule.back_cost if back else program.schedule.cost
-    instruction = program.lanes * found.fastest * problem.threads  # seconds, on one thread
-    threads = shares(problem.tokens, problem.threads, problem.structure.macs)
-    numbers = problem.structure.num_params
-    touched = 3 if back else 1  # the factors are read, and their gradients read and written
-    busy = problem.tokens * cost * instruction
-    if slices:
-        busy += problem.tokens * (slices - 1) * min(problem.structure.d_in, problem.structure.d_out) * found.run
-    elif numbers * BYTES[problem.dtype] > caches().l2:
-        busy += touched * numbers * found.read * problem.tokens / program.block
-    return busy / threads + touched * numbers * found.run
 
 
 def fresh(problem: Problem, found: Rates, numbers: int) -> float:

@@ -140,7 +140,7 @@ class PassesWay(models.CompiledWay, TorchWay):
         if kind != "chunked":
             program = self._compiled(problem, kind).program(problem.dtype)
             assert program is not None
-            return models.compiled(problem, program, self.wide(problem), back, self.slices(problem, back))
+            return self.compiled(problem, program, back, self.slices(problem, back))
         found, chain = self.rates(problem), chain_of(problem.structure, problem.rows).chunked
         times = (3 if self.forward != kind else 2) if back else 1  # what the other kind keeps is computed again
         done = sum(found.product(b, k, f, c * problem.tokens) for b, k, f, c in _steps(problem.structure))

@@ -14,7 +14,7 @@ whole pass over a chain is one function, generated for its sizes and compiled by
 - :mod:`._arrange`: copies of factors in the orders that the products read,
 - :mod:`._team`: threads, in torch,
 - :mod:`._rules`: the programs of a chain, the division of tokens, and what is stored for the backward pass,
-- :mod:`._buffers`: copies of factors and sums of gradients, in torch,
+- :mod:`._plans`: the functions of a call and their memory, for torch and jax,
 - :mod:`.passes`: the two passes, in torch,
 - :mod:`.xla`, :mod:`._xla_runtime`: custom calls of XLA, for jax.
 
