@@ -106,15 +106,12 @@ class Way(ABC):
         If True, the way is chosen only if a policy names it.
     group
         Name by which a policy excludes this way together with others.
-    pointers
-        Whether the way reads memory by address. Such a way is not used for operands that are traced or have no address.
     """
 
     name: str
     library: str = "torch"
     explicit: bool = False
     group: str = ""
-    pointers: bool = False
 
     @abstractmethod
     def supports(self, problem: Problem) -> bool:
@@ -130,7 +127,10 @@ class Way(ABC):
 
     @abstractmethod
     def run(self, structure: Structure, factors: Any, x: Array, bias: Array | None, rows: bool) -> Array:
-        """Return the product, (tokens, d_in) -> (tokens, d_out), or that of columns; ``bias`` is added to rows."""
+        """Return the product, (tokens, d_in) -> (tokens, d_out), or that of columns; ``bias`` is added to rows.
+
+        Operands on a CPU have memory that may be read by address: other tensors are left to the ways of this library.
+        """
 
     def bind(self, structure: Structure, rows: bool) -> Callable[[Array, Any, Array | None], Array]:
         """Return the way for one structure as a function of the contiguous input, factors and bias."""

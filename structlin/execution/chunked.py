@@ -28,7 +28,6 @@ from structlin.execution._orders import Product
 BLOCK_BYTES, CHUNK_BYTES = 16 << 20, 4 << 20
 MIN_CHUNK, MAX_CHUNK = 64, 256
 LARGE_BLOCK, LARGE_CHUNK = 1 << 18, 512  # numbers of a matrix, from which on that many tokens are faster
-FEW = 1 << 15  # numbers in the widest activation, below which the calls cost more than the copies of the portable plan
 PACK_TOKENS = 128  # least number of tokens for which matrices are copied into the order in which the BLAS is fast
 
 
@@ -43,7 +42,6 @@ class ChunkedChain(OrderedChain):
         if not self.merges:
             return
         products = self.layout.products
-        self.widest = max(self.widths)
         self.blocks = any(step.batch for step in steps)
         # The dense matrix and its gradient, less the factors, their gradients, and copies of both in other orders.
         self.spare = 2 * self.widths[0] * self.widths[-1] - 6 * sum(math.prod(p.shape) for p in products)

@@ -30,10 +30,9 @@ from structlin.execution.products import products
 if TYPE_CHECKING:
     from structlin.structure import Structure
 
-__all__ = ["alone", "as_chains", "chain", "chain_of", "failing", "macs_of", "single", "single_products"]
+__all__ = ["alone", "as_chains", "chain", "chain_of", "failing", "macs_of", "single"]
 
 Array = Any
-_SINGLE = ContextVar("_SINGLE", default=False)
 _FAILING = ContextVar("_FAILING", default=False)
 
 
@@ -64,17 +63,6 @@ def macs_of(equation: Any) -> int | None:
         total += factor.numel * factor.carried * (passed + need)
         passed = passed or need
     return total * tokens
-
-
-@contextmanager
-def single_products() -> Iterator[None]:
-    """Lower to single products, which XLA can count; the function must not have been traced or lowered before."""
-    token = _SINGLE.set(True)
-    try:
-        with as_chains():
-            yield
-    finally:
-        _SINGLE.reset(token)
 
 
 @contextmanager
@@ -440,7 +428,7 @@ def _lowering(compiled: Callable[..., Any], portable: Callable[..., Any], severa
         module = context.module_context
         alone = getattr(module.axis_context, "num_devices", None) == 1
         exported = module.lowering_parameters.for_export
-        if alone and not exported and not _SINGLE.get():
+        if alone and not exported:
             try:
                 return mlir.lower_fun(compiled, multiple_results=several)(context, *operands, **params)
             except CompileError as error:

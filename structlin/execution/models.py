@@ -107,7 +107,6 @@ class DenseWay(EstimatedWay):
 class CompiledWay(EstimatedWay):
     """A way whose passes are compiled. The time of LLVM is divided among some calls."""
 
-    pointers = True
     most = 4  # times the speed of products in float32, at most: of pairs, and if the calibration was slow
 
     def compilations(self, problem: Problem) -> int:

@@ -19,8 +19,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import structlin
-from structlin import Structure, Work, design, random_factors, register_work, structure_class, structure_names, work_of
-from structlin.execution import jax_cpu as _jax
+from structlin import (
+    Structure,
+    Work,
+    design,
+    execution,
+    random_factors,
+    register_work,
+    structure_class,
+    structure_names,
+    work_of,
+)
 from structlin.testing import random_chain
 
 EXAMPLES = [(name, shape, options) for name in structure_names() for shape, options in structure_class(name).examples]
@@ -134,7 +143,7 @@ def test_macs_are_those_that_xla_counts(name):
     s = design(name, shape, **options)
     factors, x = random_factors(s, backend="jax", seed=0), jnp.zeros((6, s.d_in), jnp.float32)
     for apply, v in ((s.apply, x), (s.apply_columns, x.T)):
-        with _jax.single_products():
+        with execution.using("products"):
             assert jax.jit(apply).lower(factors, v).compile().cost_analysis()["flops"] == 2 * s.macs * 6
 
 
@@ -143,7 +152,7 @@ def test_macs_are_those_that_xla_counts(name):
 def test_macs_of_every_chain_are_those_that_xla_counts(s):
     factors, x = random_factors(s, backend="jax", seed=0), jnp.zeros((6, s.d_in), jnp.float32)
     for apply, v in ((s.apply, x), (s.apply_columns, x.T)):
-        with _jax.single_products():
+        with execution.using("products"):
             assert jax.jit(apply).lower(factors, v).compile().cost_analysis()["flops"] == 2 * s.macs * 6
 
 

@@ -18,7 +18,7 @@ from functools import cache, cached_property, lru_cache
 
 from structlin.execution.compiled._ir import Code, Int, Values
 from structlin.execution.compiled._product import BYTES
-from structlin.execution.compiled._program import Program
+from structlin.execution.compiled._program import NAMES, Program
 from structlin.execution.compiled._rules import COPIED_SHARE, ChainRules, copy_shares, cuts, shares
 from structlin.execution.compiled._schedule import LINE
 from structlin.execution.compiled._slices import Slices, whole
@@ -26,7 +26,6 @@ from structlin.execution.compiled._target import Target, load
 from structlin.execution.compiled._writer import Pass
 
 SCRATCH, SUMS = -1, -2  # numbers of arrays; those of operands and of results after them start at 0
-NAMES = {"float": "float32", "double": "float64", "bfloat": "bfloat16", "half": "float16"}  # of dtypes
 Place = tuple[int, int]  # an array, and bytes from its start
 Spec = tuple[tuple[int, ...], str]  # a shape and a dtype
 

@@ -34,6 +34,7 @@ ELEMENTS = {
     **{"float32": ("float", "float"), "float64": ("double", "double")},
     **{"bfloat16": ("bfloat", "float"), "float16": ("half", "float")},
 }
+NAMES = {"float": "float32", "double": "float64", "bfloat": "bfloat16", "half": "float16"}  # of dtypes
 # Tokens of a block: few enough that the activations stay in the second level of cache, and enough that reading the
 # factors costs little. Tiles divide a block without remainder. They usually have 8 rows, and 12 or 6 for pairs of
 # bfloat16 or with few registers.
@@ -130,12 +131,9 @@ class Program:
     @property
     def dtype(self) -> Any:
         """Dtype of factors, bias and gradients of factors."""
-        return _dtype(self.inside)
+        import torch
 
-    @property
-    def kept_dtype(self) -> Any:
-        """Dtype of kept activations."""
-        return _dtype(self.outside)
+        return getattr(torch, NAMES[self.inside])
 
     @once
     def packing(self, kind: str, numbers: tuple[int, ...]) -> Packing:
@@ -520,12 +518,6 @@ class Program:
 
 def _nothing(*_: object) -> None:
     """Make no copies."""
-
-
-def _dtype(element: str) -> Any:
-    import torch
-
-    return {"float": torch.float32, "double": torch.float64, "bfloat": torch.bfloat16, "half": torch.float16}[element]
 
 
 # Equal structures share a program while it is one of the last PROGRAMS that were used; each takes 0.1 to 1 MB. Older

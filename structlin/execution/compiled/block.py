@@ -22,9 +22,9 @@ from structlin.execution._kept import once
 from structlin.execution.compiled._emit import Emitter, Memory
 from structlin.execution.compiled._forms import Array, Forms, Key
 from structlin.execution.compiled._ir import Int
-from structlin.execution.compiled._plans import NAMES, Plan, Spec
+from structlin.execution.compiled._plans import Plan, Spec
 from structlin.execution.compiled._product import BYTES
-from structlin.execution.compiled._program import Program, make_program
+from structlin.execution.compiled._program import NAMES, Program, make_program
 from structlin.execution.compiled._rows import Rows
 from structlin.execution.compiled._schedule import row as row_of
 from structlin.execution.compiled._target import Target

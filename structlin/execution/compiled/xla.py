@@ -21,8 +21,8 @@ import jax.numpy as jnp
 
 from structlin._parse import parse_chain
 from structlin.execution.compiled import _plans
-from structlin.execution.compiled._plans import NAMES, SCRATCH, SUMS, Plan
-from structlin.execution.compiled._program import Program
+from structlin.execution.compiled._plans import SCRATCH, SUMS, Plan
+from structlin.execution.compiled._program import NAMES, Program
 from structlin.execution.compiled._rules import ChainRules, shares
 from structlin.execution.compiled._schedule import LINE
 from structlin.execution.compiled._target import CompileError, address, host, warn_once

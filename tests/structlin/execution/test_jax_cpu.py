@@ -434,8 +434,6 @@ def test_what_is_left_to_single_products():
     assert calls(run, x[:0], *factors) == 0
     assert run(x[:0], *factors).shape == (0, structure.d_out)
     assert calls(run, x.astype("complex128"), *[f.astype("complex128") for f in factors]) == 0
-    with _jax.single_products():
-        assert calls(lambda *a: run(*a), x, *factors) == 0
     exported = jax.export.export(jax.jit(run))(x, *factors)
     assert "structlin_" not in exported.mlir_module()
     close(exported.call(x, *factors), run(x, *factors))
