@@ -182,7 +182,7 @@ def test_activations_in_another_order_are_not_kept(monkeypatch):
     assert chain.kept_tokens("float32", TOKENS, 1) == TOKENS
     first, middle, last = program.schedule.states
     monkeypatch.setattr(program, "schedule", replace(program.schedule, states=(first, middle[::-1], last)))
-    chain._backs.clear()
+    chain.made.clear()
     assert chain.back("float32", 1).states is None
     kept = []
     chain.forward(x, factors, None, kept)
