@@ -14,7 +14,7 @@ from jax.test_util import check_grads
 import structlin as sl
 from structlin.execution import jax_cpu as _jax
 from structlin.execution import jax_ways
-from structlin.execution.compiled import _rules, _target, _xla_runtime, xla
+from structlin.execution.compiled import _plans, _rules, _target, _xla_runtime, xla
 from structlin.execution.compiled._limits import limits
 from structlin.execution.products import products
 from structlin.testing import dense_matrix, random_chain
@@ -43,7 +43,7 @@ def many_blocks():
         patch.setenv("STRUCTLIN_EXECUTION", "compiled")
         for name, value in (("KEPT_WORK", 0), ("WASTE", 1e9), ("MORE", 1e9), ("SHARE", 8)):
             patch.setattr(_rules, name, value)
-        for module in (_rules, xla):
+        for module in (_rules, _plans):
             patch.setattr(module, "COPIED_SHARE", 8)
         patch.setattr(xla, "threads", lambda: 3)
         forget()
