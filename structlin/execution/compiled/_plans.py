@@ -4,8 +4,9 @@ A plan depends on sizes alone, and holds no arrays. A library runs it on its own
 (:mod:`.passes`), and XLA (:mod:`._xla_runtime`). Each stage is a function that runs for several shares at the same
 time, with a table of places for each of them: arrays, and bytes from their starts.
 
-Copies of factors and the memory of blocks of tokens are in one array (:data:`SCRATCH`), the sums of gradients that the
-results do not hold themselves in another one (:data:`SUMS`).
+Copies of factors, the memory of blocks of tokens and the sums of other shares than the first are in one array
+(:data:`SCRATCH`). The sums of the first share that the results do not hold themselves are in another one
+(:data:`SUMS`), because they are needed for longer.
 """
 
 from __future__ import annotations
@@ -146,13 +147,12 @@ class Plan:
 
     def sums(self, sizes: Sequence[int], to: Sequence[Place | None]) -> list[list[Place]]:
         """Return the places of each share's sums, cleared; those of the first share are ``to``, unless it is None."""
-        count, start = self.count(range(self.tokens)), self._used[SUMS]
-        ends = [to, *[[None] * len(sizes)] * (count - 1)]
-        grads = [
-            [end or self.reserve(n * self.size, SUMS) for n, end in zip(sizes, places, strict=True)] for places in ends
-        ]
-        self.clear((SUMS, start), self._used[SUMS] - start)
-        for size, place in zip(sizes, grads[0], strict=True):
+        before, others = dict(self._used), range(1, self.count(range(self.tokens)))
+        first = [end or self.reserve(n * self.size, SUMS) for n, end in zip(sizes, to, strict=True)]
+        grads = [first, *([self.reserve(n * self.size) for n in sizes] for _ in others)]  # needed until they are added
+        for array, start in before.items():
+            self.clear((array, start), self._used[array] - start)
+        for size, place in zip(sizes, first, strict=True):
             if place[0] != SUMS:
                 self.clear(place, size * self.size)
         return grads
