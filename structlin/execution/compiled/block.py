@@ -140,8 +140,8 @@ class BlockProgram:
         read, more = inputs[:first], inputs[given + len(shapes) :]
         plan.run(self.backward(kept), range(tokens), read, table, more, sums)
         totals = [[*pair] if size else [] for *pair, size in zip(plan.added(sizes, sums), found, copied, strict=True)]
-        for program, own in self._by_program(totals[len(ends) :]):
-            plan.copy(program, "gradients", range(len(own)), [place for pair in own for place in pair])
+        for program, pairs in self._by_program(totals[len(ends) :]):
+            plan.copy(program, "gradients", range(len(pairs)), [place for pair in pairs for place in pair])
         return plan
 
     def _by_program(self, places: Sequence[T]) -> Iterator[tuple[Program, Sequence[T]]]:
