@@ -216,7 +216,7 @@ def test_activations_that_are_kept_change_nothing(name, way, monkeypatch):
     structure, factors, x = make(name, tokens=101)
     chain = chain_of(structure).compiled
     weights = torch.randn(101, structure.d_out, dtype=x.dtype, generator=torch.Generator().manual_seed(3))
-    rows = chain._ready(x.dtype).schedule.rows[1:-1]
+    rows = chain.given(passes.NAMES[x.dtype]).schedule.rows[1:-1]
     found, steps = [], len(factors)
     for tokens in (0, 48, 101):
         most = 1 << 30 if tokens else 0
@@ -243,16 +243,16 @@ def test_activations_that_are_kept_change_nothing(name, way, monkeypatch):
 def test_what_is_kept_has_room_beside_what_a_dense_matrix_takes(dtype):
     structure = sl.design("monarch", (512, 512), blocks=4)
     chain = chain_of(structure).compiled
-    program = chain._ready(dtype)
+    program = chain.given(passes.NAMES[dtype])
     size = sum(program.schedule.rows[1:-1]) * dtype.itemsize
     dense, own = 2 * 512 * 512 * dtype.itemsize, 2 * chain.numel * dtype.itemsize
     for tokens in (48, 480, 1440):
-        kept = chain.kept_tokens(passes.NAMES[dtype], tokens, chain._threads(tokens))
-        back = chain.back(passes.NAMES[dtype], chain._threads(tokens)).program
-        if chain.room(back, chain._threads(tokens), False) < -0.05 * dense:
+        kept = chain.kept_tokens(passes.NAMES[dtype], tokens, chain.shares(tokens, torch.get_num_threads()))
+        back = chain.back(passes.NAMES[dtype], chain.shares(tokens, torch.get_num_threads())).program
+        if chain.room(back, chain.shares(tokens, torch.get_num_threads()), False) < -0.05 * dense:
             assert kept == tokens  # as much as x
         else:
-            work = back.work_bytes(chain._threads(tokens), kept == tokens)
+            work = back.work_bytes(chain.shares(tokens, torch.get_num_threads()), kept == tokens)
             assert kept == 0 or kept * size + own + work <= (1.1 if kept == tokens else 1) * dense
             assert 0 <= kept <= tokens
 

@@ -11,7 +11,7 @@ import structlin as sl
 from structlin._arrays import ops
 from structlin.execution.compiled import _loops, _program, _rules, _turns
 from structlin.execution.compiled._limits import Limits, limits
-from structlin.execution.compiled._program import make_program
+from structlin.execution.compiled._program import NAMES, make_program
 from structlin.execution.compiled._schedule import LINE
 from structlin.execution.compiled._target import AVX2, AVX512, AVX512_BF16, host
 from structlin.execution.compiled.passes import FusedChain
@@ -179,7 +179,8 @@ def test_copies_with_exchanged_axes(name, dtype, kept, monkeypatch):
         for kind in ("forward", "back")
     }
     y, gx = (torch.full_like(t, torch.nan) for t in (gy, x))
-    states = [torch.full((tokens, schedule.rows[1]), torch.nan, dtype=program.kept_dtype)] if kept else []
+    outside = getattr(torch, NAMES[program.outside])
+    states = [torch.full((tokens, schedule.rows[1]), torch.nan, dtype=outside)] if kept else []
     run(program.forward(False, kept), [x, y, *arranged["forward"], *states], tokens)
     sums = [torch.zeros(f.numel(), dtype=program.dtype) for f in factors]
     again = [] if kept else arranged["forward"][:-1]
