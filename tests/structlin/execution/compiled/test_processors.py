@@ -124,7 +124,7 @@ def copied(source, element, target, dtype, lanes):
     code = Code()
     emitter = Emitter(code, target, "float", 0, 1)
     ends = [Memory(code.value(f"load ptr, ptr {code.at('ptr', '%table', k)}"), kinds[k]) for k in range(2)]
-    code.loop(0, "%count", 1, lambda k, _: emitter.store_some(ends[1], k, emitter.number(ends[0], k), 1))
+    code.loop(0, "%count", 1, lambda k, _: emitter.store_some(ends[1], k, emitter.load_some(ends[0], k, 1), 1))
     text = code.function("convert", "ptr %table, i64 %count", target.attributes)
     run = load(text, "convert", target, [ctypes.c_void_p, ctypes.c_int64])
     run((ctypes.c_void_p * 2)(source.data_ptr(), made.data_ptr()), len(source))
