@@ -151,3 +151,61 @@ def test_members_of_kronecker_products_and_sums():
         linalg.sqrtm(without[1])
     with pytest.raises(ArithmeticError):
         linalg.apply(torch.log, sl.Dense(torch.ones((3, 3), dtype=torch.float64)))
+
+
+def real_composites(a, b, u, v):
+    """Return composites whose inverses and exponentials use eigenvectors of real matrices without orthogonal ones."""
+    product, thin = sl.Kronecker(a, b), sl.LowRank(u, v)
+    total = cola.kronsum(sl.Dense(a), sl.Dense(b))
+    made = [product, product.T, total, 0.5 * total, cola.ops.Kronecker(sl.Dense(a), sl.Dense(b))]
+    return made + [A + 0.25 * cola.ops.I_like(A) for A in (product, total, thin)]
+
+
+def real_matrices(dtype="float64"):
+    rng = np.random.default_rng(4)
+    made = [np.eye(n) + rng.standard_normal((n, n)) / 4 for n in (3, 4)]  # with complex eigenvalues
+    return [m.astype(dtype) for m in (*made, rng.standard_normal((2, 12)) / 4, rng.standard_normal((12, 2)) / 4)]
+
+
+REAL = [linalg.inverse, linalg.expm, power(2), power(-2)]
+DENSE = [np.linalg.inv, scipy.linalg.expm, lambda m: m @ m, lambda m: np.linalg.inv(m @ m)]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [(b, f"float{w}") for b in BACKENDS for w in (32, 64)][:-1])
+def test_real_functions_of_real_matrices_are_real(backend, dtype):
+    assert all(np.iscomplex(np.linalg.eigvals(m)).any() for m in real_matrices()[:2])
+    given = [to_backend(m, backend) for m in real_matrices(dtype)]
+    pairs = list(zip(real_composites(*given), real_composites(*real_matrices()), strict=True))
+    tolerance = 1e4 * np.finfo(dtype).eps
+    for A, exact in pairs[6:7] if backend == "jax" else pairs:  # jax compiles each one
+        dense = exact.to_dense()
+        for function, oracle in zip(REAL, DENSE, strict=True):
+            found, want = function(A), oracle(dense)
+            assert found.dtype == A.dtype
+            for M, value in ((found, want), (found.T, want.T)):
+                product = M @ given[3]
+                assert product.dtype == A.dtype
+                np.testing.assert_allclose(to_numpy(product), value @ real_matrices()[3], atol=tolerance)
+
+
+def test_real_functions_of_real_matrices_have_right_gradients():
+    values, weights = real_matrices(), np.random.default_rng(1).standard_normal((12, 12))
+    oracles = {linalg.inverse: torch.linalg.inv, linalg.expm: torch.linalg.matrix_exp}
+    given = [torch.tensor(m, requires_grad=True) for m in values]
+    for function, oracle in oracles.items():
+        for A in real_composites(*given):
+            found, want = (
+                torch.autograd.grad((torch.from_numpy(weights) * x).sum(), given, allow_unused=True, retain_graph=True)
+                for x in (function(A).to_dense(), oracle(A.to_dense()))
+            )
+            for x, y in zip(found, want, strict=True):
+                assert (x is None) == (y is None)
+                np.testing.assert_allclose(torch.zeros(1) if x is None else x, 0 if y is None else y, atol=1e-10)
+
+    def value(matrices, structured):
+        A = real_composites(*matrices)[6]  # the Kronecker sum with a multiple of the identity
+        return (weights * (linalg.inverse(A).to_dense() if structured else jnp.linalg.inv(A.to_dense()))).sum()
+
+    found, want = (jax.jit(jax.grad(value), static_argnums=1)(values, flag) for flag in (True, False))
+    for x, y in zip(found, want, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-10)
