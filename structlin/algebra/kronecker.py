@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -13,8 +11,8 @@ from cola.annotations import SelfAdjoint
 from structlin import _spectra as spectra
 from structlin._arrays import Array
 from structlin._lapack import eps, known, lapack, nan_unless, seen
-from structlin.operators import StructuredOperator
-from structlin.structure import Step, Structure, axis_letter
+from structlin.operators import RealPart, StructuredOperator
+from structlin.structure import Structure
 from structlin.structures.diagonal import Diagonal
 from structlin.structures.kronecker import Kronecker
 
@@ -77,12 +75,13 @@ def _of_members(
     values = shifted(outer([p.values for p in parts], add))
     radius = _radius(parts, add, hermitian) + spectra.ROUNDOFF * eps(A.dtype) * abs(shift)
     settled = f.settled(values, radius)
-    middle: list[StructuredOperator] = [Diagonal(f.on_spectrum(settled, A))]
-    middle += [_member_derivative(parts, k, numbers, add) for k, part in enumerate(parts) if part.followed]
-    if f.real and "complex" not in str(A.dtype) and xp.is_complex(values):
-        made = _in_pairs(left, last=True) @ reduce(operator.add, map(_in_pairs, middle)) @ _in_pairs(right, first=True)
-    else:
-        made = left @ reduce(operator.add, middle) @ right
+    middle: Any = Diagonal(f.on_spectrum(settled, A))
+    for k, part in enumerate(parts):
+        if part.followed:
+            middle = middle + _member_derivative(parts, k, numbers, add)
+    made = left @ middle @ right
+    if f.real and xp.is_complex(values) and "complex" not in str(A.dtype):
+        made = RealPart(made, A.dtype)
     moved = lapack(values).stop_gradient(values - settled)
     if hermitian or settled is values or known(abs(moved).sum()) == 0:
         return made
@@ -129,28 +128,3 @@ def _member_derivative(parts: Sequence[Any], k: int, f: Any, add: bool) -> Struc
     p, m, _, q = weights.shape
     structure = Structure.parse("pjq,pijq->piq", p=p, j=m, i=m, q=q)
     return StructuredOperator(structure, (spectra.first_order(part, weights),))
-
-
-def _in_pairs(A: StructuredOperator, first: bool = False, last: bool = False) -> StructuredOperator:
-    """Return a complex chain as a real one for pairs of real and imaginary parts, which are its first axis.
-
-    It takes real vectors instead if it is the ``first`` of a product, and returns the real part if it is the ``last``.
-    """
-    chain = A.structure if isinstance(A.structure, Structure) else Structure.parse("i,i->i", i=A.shape[0])
-    sizes, count = dict(chain.sizes), len(chain.steps)
-    letters = [a for a in map(axis_letter, range(len(sizes) + count + 1)) if a not in sizes]
-    steps, factors = [], []
-    for k, (step, factor) in enumerate(zip(chain.steps, A.factors, strict=True)):
-        xp = lapack(factor)
-        real, imaginary = xp.real(factor)[None], xp.real(-1j * factor)[None]
-        pairs = xp.concat_axis((real, -imaginary, imaginary, real), 0).reshape((2, 2, *factor.shape))
-        before, after = letters[k : k + 2]
-        if first and k == 0:
-            before, pairs = "", pairs[:, 0]
-        if last and k == count - 1:
-            after, pairs = "", pairs[0]
-        steps.append(Step(before + step.input, after + before + step.factor, after + step.output))
-        factors.append(pairs)
-    rows, columns = chain.d_out * (1 if last else 2), chain.d_in * (1 if first else 2)
-    structure = Structure(tuple(steps), (*chain.sizes, *((a, 2) for a in letters)), columns, rows)
-    return StructuredOperator(structure, factors)

@@ -10,7 +10,7 @@ import math
 import cola
 from cola.annotations import Stiefel, Unitary
 from cola.linalg.algorithm_base import Auto
-from cola.ops import Adjoint, BlockDiag, LinearOperator, Product, ScalarMul, Sum, Transpose
+from cola.ops import BlockDiag, LinearOperator, Product, ScalarMul, Sum
 from cola.ops import Diagonal as ColaDiagonal
 from cola.ops import Kronecker as ColaKronecker
 
@@ -21,6 +21,7 @@ from structlin.algebra.chains import singular
 from structlin.linalg import _spectral as spectral
 from structlin.linalg._common import (
     NO_INVERSE,
+    Composite,
     annotated,
     by_members,
     dense_inverse,
@@ -110,7 +111,7 @@ def _inverse_of_sum(A: Sum, alg: Auto):
 
 
 @rule("inv")
-def _inverse_by_members(A: ColaKronecker | BlockDiag | Transpose | Adjoint, alg: Auto):
+def _inverse_by_members(A: Composite, alg: Auto):
     n = require_square(A, "the inverse", NO_INVERSE)
     if (rank := _rank_of_members(A)) < n:
         raise singular(A, rank)
@@ -161,7 +162,7 @@ def _pseudo_inverse_of_any(A: LinearOperator, alg: Auto):
 
 
 @rule("pinv")
-def _pseudo_inverse_by_members(A: ColaKronecker | BlockDiag | Transpose | Adjoint, alg: Auto):
+def _pseudo_inverse_by_members(A: Composite, alg: Auto):
     return annotated(by_members(A, lambda M: cola.pinv(M, alg)), hermitian(A))
 
 

@@ -1,5 +1,7 @@
 """Logarithms and powers of matrices that are singular, defective, graded or nearly so, against exact formulas."""
 
+import pickle
+
 import cola
 import jax
 import jax.numpy as jnp
@@ -209,3 +211,25 @@ def test_real_functions_of_real_matrices_have_right_gradients():
     found, want = (jax.jit(jax.grad(value), static_argnums=1)(values, flag) for flag in (True, False))
     for x, y in zip(found, want, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+def test_real_inverses_have_closed_forms_as_their_operators_have(backend):
+    A = real_composites(*(to_backend(m, backend) for m in real_matrices()))[6]
+    X, dense = linalg.inverse(A), to_numpy(A.to_dense())
+    b = to_backend(np.random.default_rng(0).standard_normal((12, 2)), backend)
+    with linalg.dense_limit(1):
+        solution, again, (sign, log) = linalg.solve(X, b), linalg.inverse(X), cola.linalg.slogdet(X)
+        power_of_two = linalg.matrix_power(X, 2)
+    assert solution.dtype == again.dtype == power_of_two.dtype == sign.dtype == A.dtype
+    np.testing.assert_allclose(to_numpy(solution), dense @ to_numpy(b), atol=1e-12)
+    np.testing.assert_allclose(to_numpy(again @ b), dense @ to_numpy(b), atol=1e-12)
+    np.testing.assert_allclose([float(sign), float(log)], np.linalg.slogdet(np.linalg.inv(dense)), atol=1e-12)
+    np.testing.assert_allclose(to_numpy(b.T @ X), to_numpy(b).T @ np.linalg.inv(dense), atol=1e-12)
+    np.testing.assert_allclose(to_numpy(cola.linalg.diag(X)), np.diag(np.linalg.inv(dense)), atol=1e-12)
+    np.testing.assert_allclose(to_numpy(cola.linalg.diag(X.T, 1)), np.diag(np.linalg.inv(dense), -1), atol=1e-12)
+    np.testing.assert_allclose(to_numpy(pickle.loads(pickle.dumps(X)) @ b), to_numpy(X @ b))
+    assert sl.macs(X) == sl.macs(X.T) == sl.macs(X.A)
+    narrow = linalg.inverse(real_composites(*(to_backend(m, backend) for m in real_matrices("float32")))[6])
+    np.testing.assert_allclose(to_numpy(linalg.solve(narrow, b)), to_numpy(solution), atol=1e-4)
+    assert linalg.solve(narrow, b).dtype == A.dtype
