@@ -233,3 +233,12 @@ def test_real_inverses_have_closed_forms_as_their_operators_have(backend):
     narrow = linalg.inverse(real_composites(*(to_backend(m, backend) for m in real_matrices("float32")))[6])
     np.testing.assert_allclose(to_numpy(linalg.solve(narrow, b)), to_numpy(solution), atol=1e-4)
     assert linalg.solve(narrow, b).dtype == A.dtype
+
+
+def test_roots_of_products_of_nearly_defective_members_are_accurate():
+    rng, upper = np.random.default_rng(0), np.diag([1.0, 1.001, 2.0]) + np.eye(3, k=1) * [0, 1, 0]
+    for _ in range(40):
+        a, b = ((Q @ upper @ Q.T).astype("float32") for Q in (orthogonal(rng, 3), orthogonal(rng, 3)))
+        for A in (sl.Kronecker(a, b), cola.kronsum(sl.Dense(a), sl.Dense(b))):
+            found, want = linalg.sqrtm(A).to_dense(), scipy.linalg.sqrtm(A.to_dense().astype(complex))
+            np.testing.assert_allclose(found, want, atol=0.02 * abs(want).max())
