@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import cola
 import numpy as np
@@ -143,7 +143,7 @@ def scalar_like(A: LinearOperator, c: Any) -> ScalarMul:
     return scalar_mul(A, c, dtype, A.shape[0])
 
 
-Composite = ColaKronecker | BlockDiag | Transpose | Adjoint | RealPart
+Composite: TypeAlias = ColaKronecker | BlockDiag | Transpose | Adjoint | RealPart
 """Operators whose inverse, pseudo-inverse and integer powers follow from those of their members."""
 
 
