@@ -17,7 +17,7 @@ positive matrices. It is the loss of a Gaussian process (GPyTorch computes it by
   matrices. Above 800 rows it uses conjugate gradients if there is no closed form, and estimates determinants.
 - lineax: it has none of these structures, so it uses a function and conjugate gradients to a residual of 1e-8 (1e-5 in
   float32), under jit. It is compared with this library under jit on jax. It has no determinants.
-- scipy: ``solve_circulant`` and ``solve_toeplitz``.
+- scipy: ``solve_circulant`` and ``solve_toeplitz``. They are compared with this library on NumPy arrays.
 
 A peer that is not installed is reported as absent. ``error`` is the relative error against the formula in NumPy.
 """
@@ -322,14 +322,15 @@ def with_linear_operator(case: Case, X: np.ndarray, dtype: str) -> dict[str, Cal
     return found
 
 
-def with_scipy(case: Case, X: np.ndarray, dtype: str) -> dict[str, Callable[[], Any]]:
+def on_numpy(case: Case, X: np.ndarray, dtype: str) -> tuple[dict[str, Callable], dict[str, Callable]]:
+    """Return the functions of SciPy and of this library, both on NumPy arrays."""
     import scipy.linalg
 
     solvers = {"circulant": scipy.linalg.solve_circulant, "toeplitz": scipy.linalg.solve_toeplitz}
     if case.name not in solvers:
-        return {}
+        return {}, {}
     column, columns, solve = case.arrays[0].astype(dtype), X.astype(dtype), solvers[case.name]
-    return {"solve": lambda: solve(column, columns)}
+    return {"solve": lambda: solve(column, columns)}, {"solve": lambda: sl.solve(case.make(column), columns)}
 
 
 def under_jit(case: Case, X: np.ndarray, dtype: str) -> tuple[dict[str, Callable], dict[str, Callable]]:
@@ -431,7 +432,7 @@ def measure(
     if "linear_operator" not in absent:
         contestants["linear_operator"] = with_linear_operator(case, X, arguments.dtype)
     if "scipy" not in absent:
-        contestants["scipy"] = with_scipy(case, X, arguments.dtype)
+        contestants["scipy"], contestants["ours_numpy"] = on_numpy(case, X, arguments.dtype)
     if "lineax" not in absent:
         contestants["lineax"], contestants["ours_jit"] = under_jit(case, X, arguments.dtype)
     whole = dense(case, X, arguments.dtype) if n <= arguments.dense_limit else {}
@@ -444,12 +445,12 @@ def measure(
             continue
         row["error"] = {k: error_of(f(), wanted[operation]) for k, f in fast.items()}
         seconds = {}
-        for kinds in (("ours", "linear_operator", "scipy"), ("ours_jit", "lineax")):  # pairs to compare
-            seconds |= steady({k: fast[k] for k in kinds if k in fast}, arguments.repeats * INNER, clock)
+        pairs = {"linear_operator": "ours", "scipy": "ours_numpy", "lineax": "ours_jit"}
+        for peer, own in pairs.items():
+            both = {k: fast[k] for k in (peer, own) if k in fast}
+            seconds |= steady(both, arguments.repeats * INNER, clock)
         row["microseconds"] = {k: round(s * 1e6, 1) for k, s in seconds.items()}
-        ratios = {k: seconds[k] / seconds["ours"] for k in ("linear_operator", "scipy") if k in seconds}
-        if "lineax" in seconds:
-            ratios["lineax"] = seconds["lineax"] / seconds["ours_jit"]
+        ratios = {peer: seconds[peer] / seconds[own] for peer, own in pairs.items() if peer in seconds}
         if operation in whole:
             row["error"]["dense"] = error_of(whole[operation](), wanted[operation])
             both = steady({"dense": whole[operation], "ours": fast["ours"]}, arguments.repeats, clock)

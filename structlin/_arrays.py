@@ -15,6 +15,7 @@ import numpy as np
 
 Array = Any
 BACKENDS = ("numpy", "torch", "jax")
+_LONG = 8192  # numbers in float32 from which SciPy transforms them faster than NumPy
 
 
 def backend_of(x: Array) -> str:
@@ -53,6 +54,13 @@ def common_backend(arrays: Sequence[Array]) -> str:
 
 
 def _numpy_ops() -> SimpleNamespace:
+    import scipy.fft
+
+    def rfft(x: Array, n: int, axis: int) -> Array:
+        # NumPy transforms float32 in double precision. SciPy takes a fifth of the time, but 7 microseconds more a call.
+        library = scipy.fft if x.size >= _LONG and x.dtype == np.float32 else np.fft
+        return library.rfft(x, n=n, axis=axis)
+
     return SimpleNamespace(
         name="numpy",
         permute=np.transpose,
@@ -65,7 +73,7 @@ def _numpy_ops() -> SimpleNamespace:
         argsort=np.argsort,
         fft=lambda x, n, axis: np.fft.fft(x, n=n, axis=axis),
         ifft=lambda x, n, axis: np.fft.ifft(x, n=n, axis=axis),
-        rfft=lambda x, n, axis: np.fft.rfft(x, n=n, axis=axis),
+        rfft=rfft,
         irfft=lambda x, n, axis: np.fft.irfft(x, n=n, axis=axis),
         is_complex=np.iscomplexobj,
         is_integer=lambda x: x.dtype.kind in "iu",

@@ -24,6 +24,7 @@ from cola.ops import LinearOperator
 
 from structlin._arrays import Array, backend_of, dtype_name
 from structlin._work import _ARRAYS, _COLUMNS, Count, Work, _matrix_shape, _rule, register_work, work_of
+from structlin.operators import RealPart
 from structlin.structure import AbstractStructure
 
 __all__ = [
@@ -211,6 +212,12 @@ def _concatenated_rows(op: Any, count: Count) -> Work:
     return _in_turn(parts) if op.axis == 1 else _sum_from_zero(parts, op.shape[1])
 
 
+@register_work(RealPart)
+def _real(op: Any, count: Count) -> Work:
+    return count(op.A)
+
+
+@register_work(RealPart, transposed=True)
 @register_work(cola.ops.Transpose)
 @register_work(cola.ops.Adjoint)
 def _transposed(op: Any, count: Count) -> Work:

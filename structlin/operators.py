@@ -21,7 +21,7 @@ from structlin._arrays import Array, backend_of, common_backend, dtype_name, ops
 from structlin._cola_compat import device_of, functions_of, rule
 from structlin.structure import AbstractStructure
 
-__all__ = ["StructuredOperator"]
+__all__ = ["RealPart", "StructuredOperator"]
 
 _FIELDS = ("structure", "factors", "_annotations", "_index_dtype")
 
@@ -473,3 +473,22 @@ def _moved(x: Array, backend: str, device: Any, dtype: Any) -> Array:
     if isinstance(device, str):
         device = jax.devices(device)[0]
     return moved if device is None else jax.device_put(moved, device)
+
+
+class RealPart(LinearOperator):
+    """A complex operator that is real up to roundoff, as an operator of a real dtype."""
+
+    def __init__(self, A: LinearOperator, dtype: Any) -> None:
+        self.A = A
+        super().__init__(dtype, A.shape)
+        self.device = A.device
+
+    def _matmat(self, X: Array) -> Array:
+        return self._real(self.A @ X, X)
+
+    def _rmatmat(self, X: Array) -> Array:
+        return self._real(X @ self.A, X)
+
+    @staticmethod
+    def _real(found: Array, X: Array) -> Array:
+        return found if ops(backend_of(X)).is_complex(X) else found.real

@@ -497,7 +497,7 @@ def _of_low_rank(A: Any, f: Any) -> Answer[Any] | None:
             return (f.finite(z) - at_zero) / z
 
         middle = spectra.of_matrices(found, quotient)
-        U, V = xp.to_complex(U), xp.to_complex(V)
+        middle = xp.real(middle) if f.real and not xp.is_complex(core) else middle
     dtype = middle.dtype
     structure = Structure.parse(_THREE, i=V.shape[1], r=V.shape[0], s=V.shape[0], o=U.shape[0])
     product = StructuredOperator(structure, (xp.astype(V, dtype), middle, xp.astype(U, dtype)))

@@ -11,7 +11,7 @@ from cola.annotations import SelfAdjoint
 from structlin import _spectra as spectra
 from structlin._arrays import Array
 from structlin._lapack import eps, known, lapack, nan_unless, seen
-from structlin.operators import StructuredOperator
+from structlin.operators import RealPart, StructuredOperator
 from structlin.structure import Structure
 from structlin.structures.diagonal import Diagonal
 from structlin.structures.kronecker import Kronecker
@@ -42,6 +42,10 @@ def of_kronecker(matrices: Sequence[Array], A: Any, f: Any, *, add: bool = False
 
     V f(L) V^-1, where V and L are made of the members' eigenvectors and eigenvalues. None if a member is defective, or
     if roundoff in the members changes f. A tells what is known of the whole: its annotations.
+
+    The derivatives by which :func:`structlin._spectra.is_determined` verifies functions of one matrix do not show the
+    roundoff of products with eigenvectors of several members, whose condition numbers multiply. For two members that
+    are nearly defective, in single precision, they accepted errors of a tenth. So f is computed twice.
     """
     hermitian = A.isa(SelfAdjoint) and all(map(is_hermitian, matrices))
     found = _of_members(matrices, A, f, add, shift, hermitian)
@@ -51,9 +55,9 @@ def of_kronecker(matrices: Sequence[Array], A: Any, f: Any, *, add: bool = False
     other = _of_members([m + spectra.rounding(m) for m in fixed], A, f, add, shift, False)
     if other is None:
         return None
-    v = _random_vector(A.shape[0], matrices[0])
-    x = lapack(v).stop_gradient(found @ v)
-    return _unless_refused(spectra.is_small((other @ v - x)[:, None], x[:, None]), found, x)
+    X = _random_vectors(A.shape[0], matrices[0])
+    Y = lapack(X).stop_gradient(found @ X)
+    return _unless_refused(spectra.is_small(other @ X - Y, Y), found, Y)
 
 
 def _of_members(
@@ -80,12 +84,14 @@ def _of_members(
         if part.followed:
             middle = middle + _member_derivative(parts, k, numbers, add)
     made = left @ middle @ right
+    if f.real and xp.is_complex(values) and "complex" not in str(A.dtype):
+        made = RealPart(made, A.dtype)
     moved = lapack(values).stop_gradient(values - settled)
-    if hermitian or known(abs(moved).sum()) == 0:
+    if hermitian or settled is values or known(abs(moved).sum()) == 0:
         return made
     # As in spectra.with_values: eigenvalues moved to one number are semisimple if this keeps the matrix.
-    image = right @ _random_vector(A.shape[0], parts[0].vectors)
-    change, size = left @ (moved * image), left @ (xp.stop_gradient(values) * image)
+    image = right @ _random_vectors(A.shape[0], parts[0].vectors)
+    change, size = (left @ (x[:, None] * image) for x in (moved, xp.stop_gradient(values)))
     good = xp.max(xp.abs(change)) <= eps(A.dtype) ** 0.75 * xp.max(xp.abs(size))
     return _unless_refused(good & (xp.max(xp.abs(moved) - radius / 8) <= 0), made, change)
 
@@ -98,10 +104,14 @@ def _radius(parts: Sequence[spectra.Decomposition], add: bool, hermitian: bool) 
     return outer([s + r for s, r in zip(sizes, radii, strict=True)]) - outer(sizes)
 
 
-def _random_vector(n: int, like: Array) -> Array:
-    """Return a fixed random vector in the library and dtype of ``like``."""
+def _random_vectors(n: int, like: Array) -> Array:
+    """Return fixed random vectors, (n, 8), in the library and dtype of ``like``.
+
+    Of square roots of products of two nearly defective members in single precision, with errors above 2 %, one vector
+    accepts 34 of 239, four vectors accept 5, and eight accept 1.
+    """
     xp = lapack(like)
-    return xp.astype(xp.index(np.random.default_rng(0).standard_normal(n), like), like.dtype)
+    return xp.astype(xp.index(np.random.default_rng(0).standard_normal((n, 8)), like), like.dtype)
 
 
 def _unless_refused(good: Array, A: Any, like: Array) -> Any | None:
@@ -109,7 +119,7 @@ def _unless_refused(good: Array, A: Any, like: Array) -> Any | None:
     number = known(good)
     if number is not None:
         return A if number else None
-    one = like * 0 + 1
+    one = like[:, 0] * 0 + 1
     return Diagonal(one + nan_unless(good, one)) @ A
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import cola
 import numpy as np
@@ -25,7 +25,7 @@ from structlin._lapack import (
     small_views,
 )
 from structlin.algebra import roles
-from structlin.operators import StructuredOperator, is_inexact
+from structlin.operators import RealPart, StructuredOperator, is_inexact
 
 DENSE_LIMIT = 8192
 _STATIC = ("xnp", "shape", "dtype", "device", "annotations")  # attributes of all operators of CoLA
@@ -143,7 +143,7 @@ def scalar_like(A: LinearOperator, c: Any) -> ScalarMul:
     return scalar_mul(A, c, dtype, A.shape[0])
 
 
-Composite = ColaKronecker | BlockDiag | Transpose | Adjoint
+Composite: TypeAlias = ColaKronecker | BlockDiag | Transpose | Adjoint | RealPart
 """Operators whose inverse, pseudo-inverse and integer powers follow from those of their members."""
 
 
@@ -153,20 +153,25 @@ def by_members(A: LinearOperator, f: Callable[[LinearOperator], LinearOperator])
         return f(A.A).T
     if isinstance(A, Adjoint):
         return f(A.A).H
+    if isinstance(A, RealPart):
+        return RealPart(f(A.A), A.dtype)
     made = map(f, A.Ms)
     return BlockDiag(*made, multiplicities=A.multiplicities) if isinstance(A, BlockDiag) else ColaKronecker(*made)
 
 
 def has_square_members(A: LinearOperator) -> bool:
-    """Whether all members of a Kronecker or block-diagonal operator are square."""
-    return all(M.shape[0] == M.shape[1] for M in A.Ms)
+    """Whether all members of a :data:`Composite` are square."""
+    return all(M.shape[0] == M.shape[1] for M in getattr(A, "Ms", (A,)))
 
 
 def dtypes_of(A: LinearOperator) -> set[Any]:
     """Return the dtypes of the floating and complex arrays of A."""
     if isinstance(A, StructuredOperator):
         return {A.dtype} if A._index_dtype is None else set()
-    return {x.dtype for x in A.flatten()[0] if hasattr(x, "dtype") and is_inexact(x.dtype)}
+    found = {x.dtype for x in A.flatten()[0] if hasattr(x, "dtype") and is_inexact(x.dtype)}
+    if "complex" in str(A.dtype):
+        return found
+    return {A.dtype if "complex" in str(dtype) else dtype for dtype in found}  # a RealPart holds complex arrays
 
 
 def in_dtype(A: LinearOperator, dtype: Any) -> LinearOperator | None:
@@ -180,6 +185,8 @@ def in_dtype(A: LinearOperator, dtype: Any) -> LinearOperator | None:
 def _in_dtype(value: Any, dtype: Any) -> Any:
     if isinstance(value, StructuredOperator):
         return value.to(dtype=dtype)
+    if isinstance(value, RealPart):
+        return RealPart(_in_dtype(value.A, value.xnp.promote_types(dtype, value.xnp.complex64)), dtype)
     if isinstance(value, LinearOperator):
         copy = object.__new__(type(value))
         fields = vars(copy)

@@ -35,7 +35,7 @@ from structlin.linalg import _spectral as spectral
 from structlin.linalg._common import dense_matrix, fits_dense, has_square_members, is_matrix, on_host, require_square
 from structlin.linalg._stochastic import estimate_logdet
 from structlin.linalg._woodbury import woodbury
-from structlin.operators import StructuredOperator
+from structlin.operators import RealPart, StructuredOperator
 
 
 @rule("slogdet")
@@ -86,6 +86,12 @@ def _slogdet_of_any(A: LinearOperator, log_alg: Auto, trace_alg: Algorithm):
 def _slogdet_of_transpose(A: Transpose | Adjoint, log_alg: Auto, trace_alg: Algorithm):
     sign, log = slogdet(A.A, log_alg, trace_alg)
     return sign if isinstance(A, Transpose) else lapack(sign).conj(sign), log
+
+
+@rule("slogdet")
+def _slogdet_of_real_part(A: RealPart, log_alg: Auto, trace_alg: Algorithm):
+    sign, log = slogdet(A.A, log_alg, trace_alg)
+    return lapack(sign).sign(sign.real), log
 
 
 def _zero(A: LinearOperator) -> tuple[Array, Array]:

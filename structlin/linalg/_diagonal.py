@@ -20,7 +20,7 @@ from structlin._lapack import lapack
 from structlin.algebra.kronecker import outer
 from structlin.linalg._common import has_square_members, require_operator, require_square
 from structlin.linalg._forms import diagonal_of, thin, without_scalars
-from structlin.operators import StructuredOperator
+from structlin.operators import RealPart, StructuredOperator
 
 _CHUNK = 256  # columns of a matrix without structure that are computed at once
 
@@ -74,6 +74,7 @@ def _trace_rule(A: StructuredOperator, alg: Auto | Exact):
 _EXACT = Auto | Exact
 
 rule("diag", -0.5, types=(LinearOperator, int, _EXACT))(lambda A, k, alg: diagonal_by_columns(A, k))
+rule("diag", types=(RealPart, int, _EXACT))(lambda A, k, alg: cola.diag(A.A, k, alg).real)
 rule("diag", types=(Transpose, int, _EXACT))(lambda A, k, alg: cola.diag(A.A, -k, alg))
 rule("diag", types=(Adjoint, int, _EXACT))(lambda A, k, alg: _conj(cola.diag(A.A, -k, alg)))
 

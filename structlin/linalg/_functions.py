@@ -27,7 +27,7 @@ import cola
 import numpy as np
 from cola.annotations import PSD, SelfAdjoint
 from cola.linalg.algorithm_base import Auto
-from cola.ops import Adjoint, BlockDiag, I_like, Identity, KronSum, LinearOperator, ScalarMul, Sum, Transpose
+from cola.ops import BlockDiag, I_like, Identity, KronSum, LinearOperator, ScalarMul, Sum, Transpose
 from cola.ops import Diagonal as ColaDiagonal
 from cola.ops import Kronecker as ColaKronecker
 
@@ -354,7 +354,7 @@ def _annotated_power(A: LinearOperator, found: LinearOperator, k: int) -> Linear
 def _integer_power(A: LinearOperator, k: int) -> LinearOperator:
     if isinstance(A, StructuredOperator) and (answer := A.structure.power(A, k)) is not None:
         return answer.value
-    if isinstance(A, Transpose | Adjoint) or (isinstance(A, Composite) and has_square_members(A)):
+    if isinstance(A, Composite) and has_square_members(A):
         return by_members(A, lambda M: power(M, k))
     if isinstance(A, ColaDiagonal):
         return ColaDiagonal(A.diag**k)

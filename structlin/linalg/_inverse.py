@@ -10,7 +10,7 @@ import math
 import cola
 from cola.annotations import Stiefel, Unitary
 from cola.linalg.algorithm_base import Auto
-from cola.ops import Adjoint, BlockDiag, LinearOperator, Product, ScalarMul, Sum, Transpose
+from cola.ops import BlockDiag, LinearOperator, Product, ScalarMul, Sum
 from cola.ops import Diagonal as ColaDiagonal
 from cola.ops import Kronecker as ColaKronecker
 
@@ -21,6 +21,7 @@ from structlin.algebra.chains import singular
 from structlin.linalg import _spectral as spectral
 from structlin.linalg._common import (
     NO_INVERSE,
+    Composite,
     annotated,
     by_members,
     dense_inverse,
@@ -44,12 +45,13 @@ from structlin.verdicts import Verdict
 # -- inverse -------------------------------------------------------------------------------------------------------
 
 
-@rule("inv")
-def _inverse_rule(A: StructuredOperator, alg: Auto):
+# Precedence -0.5 lies between CoLA's rules for Auto (-1) and those for types of operators (0).
+@rule("inv", precedence=-0.5)
+def _inverse_of_any(A: LinearOperator, alg: Auto):
     require_square(A, "the inverse", NO_INVERSE)
     if A.isa(Unitary):
         return Unitary(A.H)
-    found = structured_inverse(A)
+    found = structured_inverse(A) if isinstance(A, StructuredOperator) else inverse_of_members(A)
     return general_inverse(A, alg) if found is None else annotated(found, hermitian(A))
 
 
@@ -77,27 +79,17 @@ def general_inverse(A: LinearOperator, alg: Auto) -> LinearOperator:
     return verified_inverse(A, alg)
 
 
-# Operators of CoLA. Precedence -0.5 lies between CoLA's rules for Auto (-1) and those for types of operators (0).
-
-
-@rule("inv", precedence=-0.5)
-def _inverse_of_any(A: LinearOperator, alg: Auto):
-    require_square(A, "the inverse", NO_INVERSE)
-    if A.isa(Unitary):
-        return Unitary(A.H)
-    found = inverse_of_members(A)
-    return general_inverse(A, alg) if found is None else found
-
-
 def inverse_of_members(A: LinearOperator) -> LinearOperator | None:
-    """Invert K + c I, a Kronecker sum or a sum of two Kronecker products; None if eigenvectors are ill conditioned."""
+    """Invert K + c I, a Kronecker sum or a sum of two Kronecker products; None if eigenvectors are ill conditioned.
+
+    The inverse has no annotations.
+    """
     form = members(A)
     if form is None:
         made = spectral.pair_inverse(A)
     else:
         made = kronecker.of_kronecker(form.matrices, A, reciprocal(), add=form.add, shift=form.shift)
-    found = None if made is None else _checked(A, made)
-    return None if found is None else annotated(found, hermitian(A))
+    return None if made is None else _checked(A, made)
 
 
 @rule("inv")
@@ -110,7 +102,7 @@ def _inverse_of_sum(A: Sum, alg: Auto):
 
 
 @rule("inv")
-def _inverse_by_members(A: ColaKronecker | BlockDiag | Transpose | Adjoint, alg: Auto):
+def _inverse_by_members(A: Composite, alg: Auto):
     n = require_square(A, "the inverse", NO_INVERSE)
     if (rank := _rank_of_members(A)) < n:
         raise singular(A, rank)
@@ -144,24 +136,19 @@ rule("inv", types=(ScalarMul, Auto))(lambda A, alg: scalar_like(A, inverse_value
 # -- pseudo-inverse --------------------------------------------------------------------------------------------------
 
 
-@rule("pinv")
-def _pseudo_inverse_rule(A: StructuredOperator, alg: Auto):
-    if A.isa(Stiefel):
-        return A.H
-    answer = A.structure.pinv(A)
-    return _pseudo_inverse_of_any(A, alg) if answer is None else annotated(answer.value, hermitian(A))
-
-
 @rule("pinv", precedence=-0.5)
 def _pseudo_inverse_of_any(A: LinearOperator, alg: Auto):
     if A.isa(Stiefel):
         return A.H
+    answer = A.structure.pinv(A) if isinstance(A, StructuredOperator) else None
+    if answer is not None:
+        return annotated(answer.value, hermitian(A))
     require_dense(A, "the pseudo-inverse", "structlin.linalg.lstsq computes its product with a vector")
     return annotated(Dense(pinv_of(A.to_dense())), hermitian(A))
 
 
 @rule("pinv")
-def _pseudo_inverse_by_members(A: ColaKronecker | BlockDiag | Transpose | Adjoint, alg: Auto):
+def _pseudo_inverse_by_members(A: Composite, alg: Auto):
     return annotated(by_members(A, lambda M: cola.pinv(M, alg)), hermitian(A))
 
 

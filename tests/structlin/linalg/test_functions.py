@@ -1,5 +1,7 @@
 """Logarithms and powers of matrices that are singular, defective, graded or nearly so, against exact formulas."""
 
+import pickle
+
 import cola
 import jax
 import jax.numpy as jnp
@@ -151,3 +153,92 @@ def test_members_of_kronecker_products_and_sums():
         linalg.sqrtm(without[1])
     with pytest.raises(ArithmeticError):
         linalg.apply(torch.log, sl.Dense(torch.ones((3, 3), dtype=torch.float64)))
+
+
+def real_composites(a, b, u, v):
+    """Return composites whose inverses and exponentials use eigenvectors of real matrices without orthogonal ones."""
+    product, thin = sl.Kronecker(a, b), sl.LowRank(u, v)
+    total = cola.kronsum(sl.Dense(a), sl.Dense(b))
+    made = [product, product.T, total, 0.5 * total, cola.ops.Kronecker(sl.Dense(a), sl.Dense(b))]
+    return made + [A + 0.25 * cola.ops.I_like(A) for A in (product, total, thin)]
+
+
+def real_matrices(dtype="float64"):
+    rng = np.random.default_rng(4)
+    made = [np.eye(n) + rng.standard_normal((n, n)) / 4 for n in (3, 4)]  # with complex eigenvalues
+    return [m.astype(dtype) for m in (*made, rng.standard_normal((2, 12)) / 4, rng.standard_normal((12, 2)) / 4)]
+
+
+REAL = [linalg.inverse, linalg.expm, power(2), power(-2)]
+DENSE = [np.linalg.inv, scipy.linalg.expm, lambda m: m @ m, lambda m: np.linalg.inv(m @ m)]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [(b, f"float{w}") for b in BACKENDS for w in (32, 64)][:-1])
+def test_real_functions_of_real_matrices_are_real(backend, dtype):
+    assert all(np.iscomplex(np.linalg.eigvals(m)).any() for m in real_matrices()[:2])
+    given = [to_backend(m, backend) for m in real_matrices(dtype)]
+    pairs = list(zip(real_composites(*given), real_composites(*real_matrices()), strict=True))
+    tolerance = 1e4 * np.finfo(dtype).eps
+    for A, exact in pairs[6:7] if backend == "jax" else pairs:  # jax compiles each one
+        dense = exact.to_dense()
+        for function, oracle in zip(REAL, DENSE, strict=True):
+            found, want = function(A), oracle(dense)
+            assert found.dtype == A.dtype
+            for M, value in ((found, want), (found.T, want.T)):
+                product = M @ given[3]
+                assert product.dtype == A.dtype
+                np.testing.assert_allclose(to_numpy(product), value @ real_matrices()[3], atol=tolerance)
+
+
+def test_real_functions_of_real_matrices_have_right_gradients():
+    values, weights = real_matrices(), np.random.default_rng(1).standard_normal((12, 12))
+    oracles = {linalg.inverse: torch.linalg.inv, linalg.expm: torch.linalg.matrix_exp}
+    given = [torch.tensor(m, requires_grad=True) for m in values]
+    for function, oracle in oracles.items():
+        for A in real_composites(*given):
+            found, want = (
+                torch.autograd.grad((torch.from_numpy(weights) * x).sum(), given, allow_unused=True, retain_graph=True)
+                for x in (function(A).to_dense(), oracle(A.to_dense()))
+            )
+            for x, y in zip(found, want, strict=True):
+                assert (x is None) == (y is None)
+                np.testing.assert_allclose(torch.zeros(1) if x is None else x, 0 if y is None else y, atol=1e-10)
+
+    def value(matrices, structured):
+        A = real_composites(*matrices)[6]  # the Kronecker sum with a multiple of the identity
+        return (weights * (linalg.inverse(A).to_dense() if structured else jnp.linalg.inv(A.to_dense()))).sum()
+
+    found, want = (jax.jit(jax.grad(value), static_argnums=1)(values, flag) for flag in (True, False))
+    for x, y in zip(found, want, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+def test_real_inverses_have_closed_forms_as_their_operators_have(backend):
+    A = real_composites(*(to_backend(m, backend) for m in real_matrices()))[6]
+    X, dense = linalg.inverse(A), to_numpy(A.to_dense())
+    b = to_backend(np.random.default_rng(0).standard_normal((12, 2)), backend)
+    with linalg.dense_limit(1):
+        solution, again, (sign, log) = linalg.solve(X, b), linalg.inverse(X), cola.linalg.slogdet(X)
+        power_of_two = linalg.matrix_power(X, 2)
+    assert solution.dtype == again.dtype == power_of_two.dtype == sign.dtype == A.dtype
+    np.testing.assert_allclose(to_numpy(solution), dense @ to_numpy(b), atol=1e-12)
+    np.testing.assert_allclose(to_numpy(again @ b), dense @ to_numpy(b), atol=1e-12)
+    np.testing.assert_allclose([float(sign), float(log)], np.linalg.slogdet(np.linalg.inv(dense)), atol=1e-12)
+    np.testing.assert_allclose(to_numpy(b.T @ X), to_numpy(b).T @ np.linalg.inv(dense), atol=1e-12)
+    np.testing.assert_allclose(to_numpy(cola.linalg.diag(X)), np.diag(np.linalg.inv(dense)), atol=1e-12)
+    np.testing.assert_allclose(to_numpy(cola.linalg.diag(X.T, 1)), np.diag(np.linalg.inv(dense), -1), atol=1e-12)
+    np.testing.assert_allclose(to_numpy(pickle.loads(pickle.dumps(X)) @ b), to_numpy(X @ b))
+    assert sl.macs(X) == sl.macs(X.T) == sl.macs(X.A)
+    narrow = linalg.inverse(real_composites(*(to_backend(m, backend) for m in real_matrices("float32")))[6])
+    np.testing.assert_allclose(to_numpy(linalg.solve(narrow, b)), to_numpy(solution), atol=1e-4)
+    assert linalg.solve(narrow, b).dtype == A.dtype
+
+
+def test_roots_of_products_of_nearly_defective_members_are_accurate():
+    rng, upper = np.random.default_rng(0), np.diag([1.0, 1.001, 2.0]) + np.eye(3, k=1) * [0, 1, 0]
+    for _ in range(40):
+        a, b = ((Q @ upper @ Q.T).astype("float32") for Q in (orthogonal(rng, 3), orthogonal(rng, 3)))
+        for A in (sl.Kronecker(a, b), cola.kronsum(sl.Dense(a), sl.Dense(b))):
+            found, want = linalg.sqrtm(A).to_dense(), scipy.linalg.sqrtm(A.to_dense().astype(complex))
+            np.testing.assert_allclose(found, want, atol=0.02 * abs(want).max())
