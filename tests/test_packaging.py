@@ -135,11 +135,12 @@ import structlin
 seconds = time.process_time() - start
 print(json.dumps([seconds, sorted({name.partition(".")[0] for name in set(sys.modules) - before})]))
 """
-        runs = [json.loads(run_python(code).splitlines()[-1]) for _ in range(2)]
-        imported = set(runs[0][1])
+        seconds, imported = json.loads(run_python(code).splitlines()[-1])
         assert "structlin" in imported
-        assert imported & TRAINING_MODULES == set()
-        assert min(seconds for seconds, _ in runs) < MAX_IMPORT_SECONDS, runs
+        assert set(imported) & TRAINING_MODULES == set()
+        if seconds >= MAX_IMPORT_SECONDS:  # of a busy machine
+            seconds = json.loads(run_python(code).splitlines()[-1])[0]
+        assert seconds < MAX_IMPORT_SECONDS
 
 
 class TestFiles:
@@ -236,11 +237,13 @@ class TestRequirements:
         files = {name: Path(*name.split(".")) for name in modules}
         paths = {n: p / "__init__.py" if (ROOT / p).is_dir() else p.with_suffix(".py") for n, p in files.items()}
         assert eager == {(paths[name].as_posix(), library) for name, library in modules.items()}
-        code = f"import sys, structlin; sys.exit(any(name in sys.modules for name in {list(modules)}))"
-        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-        # torch's compiler takes seconds to import.
-        code = 'import sys, structlin_nn.torch; sys.exit("torch._dynamo" in sys.modules)'
-        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+        code = f"""
+import sys, structlin
+print([name for name in {list(modules)} if name in sys.modules])
+import structlin_nn.torch
+print("torch._dynamo" in sys.modules)  # torch's compiler takes seconds to import
+"""
+        assert run_python(code).splitlines() == ["[]", "False"]
 
 
 def imports(source: Path) -> Iterator[tuple[str, bool]]:
@@ -320,10 +323,12 @@ class TestWheel:
             if name not in OPTIONAL
         )
         imported = run_python(
-            "import importlib, sys\nfor name in sys.argv[1:]:\n    print(importlib.import_module(name).__file__)",
+            "import importlib, sys\nfor name in sys.argv[1:]:\n    print(importlib.import_module(name).__file__)\n"
+            "from structlin_nn.cli import main\nsys.exit(main(['--help']))",
             *modules,
             path=tmp_path,
         ).splitlines()
+        imported, told = imported[: len(modules)], imported[len(modules) :]
         assert len(imported) == len(modules) > 10
         assert all(file.startswith(str(tmp_path)) for file in imported)
 
@@ -331,5 +336,4 @@ class TestWheel:
         parser = configparser.ConfigParser()
         parser.read_string(wheel.root.read(entry_points).decode())
         assert dict(parser["console_scripts"]) == {"structlin": "structlin_nn.cli:main"}
-        code = "import sys; from structlin_nn.cli import main; sys.exit(main())"
-        assert "structures" in run_python(code, "--help", path=tmp_path)
+        assert "structures" in "".join(told)

@@ -69,6 +69,18 @@ def write_shards(root: Path, per_shard: int = 7) -> Path:
     return root
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Only the tests of layers compare ways to run products: it takes most of the time of small models.
+
+    Processes that a test starts do not compare them either.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.parent.name not in ("torch", "flax"):
+            patch.setenv("STRUCTLIN_EXECUTION", "products")
+        yield
+
+
 @pytest.fixture(scope="session")
 def image_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """train/ and val/ with the classes bag, boot and coat: 18 and 9 images. Not to be changed: copy it."""

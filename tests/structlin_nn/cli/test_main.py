@@ -153,7 +153,10 @@ class TestStructures:
             assert " ".join(structlin.structure_class(name).formula.split()) in " ".join(out.split())
 
     def test_a_closed_pipe_is_no_error(self) -> None:
-        code = "import sys; from structlin_nn.cli import main; sys.exit(main(['structures']))"
+        code = (
+            "import sys; from structlin_nn.cli import main, structures; structures.run = lambda _: print('x' * 99)\n"
+            "sys.exit(main(['structures']))"
+        )
         environment = os.environ | {"PYTHONPATH": str(Path(structlin_nn.__file__).parents[1])}
         with subprocess.Popen(
             [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -61,7 +61,8 @@ def test_a_plan(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not Path("runs").exists()
 
 
-def test_runs_are_made_and_skipped(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_are_made_skipped_and_made_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither a loss that is not finite nor an error, which is repeated when its cause is removed, stops the others."""
     # One in this process first: a run of a sweep is an ordinary run.
     assert main(f"{LINE} --print-commands --only dense-w8".split()) == 0
     words = shlex.split(capsys.readouterr().out)
@@ -70,33 +71,27 @@ def test_runs_are_made_and_skipped(folder: Path, capsys: pytest.CaptureFixture[s
     capsys.readouterr()
     assert planned(capsys) == dict(zip(RUNS, ["finished", "new", "new", "new"], strict=True))
     before = Path("runs/mine/dense-w8/record.jsonl").read_bytes()
-
-    assert main(f"{LINE} --only *-w8 --workers 1 --quiet".split()) == 0
-    assert planned(capsys) == dict(zip(RUNS, ["finished", "new", "finished", "new"], strict=True))
-    assert Path("runs/mine/dense-w8/record.jsonl").read_bytes() == before
-    record = read_record("runs/mine/monarch-w8/record.jsonl")
-    assert record.finished
-    assert (record.header["config"]["structure"], record.header["config"]["width"]) == ("monarch", 8)
-
     assert main(f"{LINE} --set width=9 --only dense --dry-run".split()) == 0
     assert main(f"{LINE} --set lr=0.1 --dry-run".split()) == 2
     assert "has another configuration: lr was 0.003 and is 0.1" in capsys.readouterr().err
 
-
-def test_what_fails_does_not_stop_the_others(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A loss that is not finite, and an error, which is repeated when its cause is removed."""
-    Path("mine.py").write_text(SWEEP.replace("grid(width=[8, 16])", "grid(width=[8], lr=[1e30, 1e-3, 2e-3])"))
-    diverges, finishes, blocked = (Path("runs/mine", f"dense-w8-lr{lr}") for lr in ("1e+30", "0.001", "0.002"))
+    Path("mine.py").write_text(SWEEP.replace("grid(", "[{}, {'lr': 1e30}, {'lr': 2e-3}], grid("))
+    runs = ["dense-w8", *(f"monarch{lr}-w8" for lr in ("", "-lr1e+30", "-lr0.002"))]
+    done, finishes, diverges, blocked = (Path("runs/mine", name) for name in runs)
     blocked.mkdir(parents=True)
     (blocked / "checkpoints").touch()  # a file where a folder has to be
-    line = f"{LINE} --workers 1 --only dense*"
+    chosen = f"--only {done.name} --only monarch*-w8"
+    line = f"{LINE} --workers 1 {chosen}"
     assert main([*line.split(), "--quiet"]) == 1
     err = capsys.readouterr().err
     assert "finite" in err or "the loss is" in err
     assert f"{diverges.name}: " in err
     assert f"{blocked.name}: NotADirectoryError" in err
-    states = {path.name: "failed" for path in (diverges, blocked)} | {finishes.name: "finished"}
-    assert planned(capsys, "--only dense*") == states
+    assert planned(capsys, chosen) == dict(zip(runs, ["finished", "finished", "failed", "failed"], strict=True))
+    assert (done / "record.jsonl").read_bytes() == before
+    record = read_record(finishes / "record.jsonl")
+    assert record.finished
+    assert (record.header["config"]["structure"], record.header["config"]["width"]) == ("monarch", 8)
     assert json.loads((diverges / "failed.json").read_text())["error"]
     assert "Traceback" in json.loads((blocked / "failed.json").read_text())["traceback"]
     # Not started again without the option.

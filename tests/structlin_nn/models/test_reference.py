@@ -32,11 +32,16 @@ STRUCTURES: dict[str, tuple[str, Callable[[dict], dict], float]] = {
     "kron": ("kronecker", lambda o: {"factorization": "greedy"}, 1e-3),
     "tt": ("tensor_train", lambda o: {"rank": o["tt_rank"], "factorization": "greedy"}, 1e-3),
 }
+# Without the slow tests: the narrowest and the widest MLP of each structure, and one ViT of each structure and rank.
+QUICK = {"cifar-mlp": {0, 5, 6, 12, 13, 18, 19, 25, 26, 32, 33, 41}, "imagenet-vit": {0, 4, 8, 9, 13}}
 CONFIGURATIONS = [
-    pytest.param(name, i, id="-".join(map(str, (name, c["structure"], *c["options"].values(), c["width"]))))
+    pytest.param(
+        name, i, id="-".join(map(str, (name, c["structure"], *c["options"].values(), c["width"]))),
+        marks=() if i in QUICK[name] else pytest.mark.slow,
+    )
     for name, sweep in SWEEPS.items()
     for i, c in enumerate(sweep)
-]
+]  # fmt: skip
 
 
 def sizes(c: Configuration) -> dict[str, Any]:

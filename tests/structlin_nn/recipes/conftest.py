@@ -44,11 +44,11 @@ def image_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def gpt2_config() -> gpt2.Config:
-    """Twenty steps with everything on."""
+    """Ten steps with everything on."""
     return gpt2.Config(
-        width=32, base_width=32, depth=2, heads=2, context=16, batch_size=16, steps=20, warmup_steps=3, lr=3e-3,
+        width=32, base_width=32, depth=2, heads=2, context=16, batch_size=16, steps=10, warmup_steps=3, lr=3e-3,
         structure="block_tensor_train", options={"rank": 2}, rms_cap=True, optimizer="adamw", weight_decay=0.1,
-        clip=0.5, ema=0.9, accumulate=2, eval_every=10, eval_sequences=24, whole_validation=True,
+        clip=0.5, ema=0.9, accumulate=2, eval_every=5, eval_sequences=24, whole_validation=True,
         final_lr=0.0, betas=(0.9, 0.999), threads=1,
     )  # fmt: skip
 

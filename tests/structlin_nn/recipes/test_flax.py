@@ -9,7 +9,6 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from structlin import execution
 from structlin_nn.checkpoints import read_checkpoint
 from structlin_nn.recipes import recipe_module
 from structlin_nn.records import read_record
@@ -17,7 +16,7 @@ from structlin_nn.records import read_record
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Runs of one configuration share what XLA compiles, without optimization; no ways of products are compared."""
+    """Runs of one configuration share what XLA compiles, without optimization."""
     settings = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.2,
@@ -26,8 +25,7 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     before = {name: jax.config.values[name] for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
-    with execution.using("products"):
-        yield
+    yield
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()

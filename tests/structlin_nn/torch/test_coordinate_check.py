@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from structlin import execution
 from structlin_nn.data import load_images
 from structlin_nn.torch import Muon, StructuredLinear, parameter_groups
 
@@ -42,6 +43,13 @@ class ResidualMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.features(x))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_way():
+    """Ways to run products are not compared."""
+    with execution.using("products"):
+        yield
 
 
 @pytest.fixture(scope="module")
