@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import structlin_nn
+from structlin_nn import demo
 from structlin_nn.cli import main
 from structlin_nn.counting import count_model
 from structlin_nn.demo import TOLERANCE, WIDTHS, configurations, row_of
@@ -24,6 +25,7 @@ from structlin_nn.figures.compute import demo_figure
 from structlin_nn.figures.style import STYLES, save
 from structlin_nn.recipes.cifar import Options, train
 from structlin_nn.records import read_record
+from structlin_nn.sweeps.local import Outcome
 
 STRUCTURES = ("block_tensor_train", "monarch", "low_rank", "kronecker")
 RULES = {"dense": {"dense"}, **{name: {"aware", "naive"} for name in STRUCTURES}}
@@ -129,10 +131,9 @@ class TestQuick:
         with Image.open(finished[1]["figure"]) as image:
             assert image.format == "PNG"
             assert image.width >= 1200
-            pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
-        colours = {tuple(int(code[i : i + 2], 16) for i in (1, 3, 5)) for _, code, _ in STYLES.values()}
-        seen = {tuple(pixel) for pixel in np.unique(pixels, axis=0).tolist()}
-        assert len(colours & seen) >= 5
+            pixels = np.asarray(image.convert("RGB"), dtype=int) @ (1 << 16, 1 << 8, 1)
+        colours = {int(code[1:], 16) for _, code, _ in STYLES.values()}
+        assert len(colours & set(np.unique(pixels).tolist())) >= 5
 
     def test_progress_and_finished_runs_are_printed(self, finished: tuple[Path, dict[str, Any], str]) -> None:
         assert "already holds" in finished[2]
@@ -161,14 +162,15 @@ class TestQuick:
         assert err.count("\n") == 1
 
 
-def test_a_failure_in_a_run_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A folder that a run cannot make: its error comes out of its process."""
-    for name in configurations(0, quick=True):
-        (tmp_path / name).touch()
+def test_a_failure_in_a_run_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How an error comes out of the process of a run is tested in cli/test_sweep.py."""
+    monkeypatch.setattr(demo, "run_all", lambda jobs, **_: Outcome(dict.fromkeys(jobs, "NotADirectoryError: x"), None))
     assert main(["demo", "--quick", "--out", str(tmp_path), "--quiet", "--workers", "1"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("structlin demo: ")
-    assert str(tmp_path) in err
+    assert all(f"{name}: NotADirectoryError: x" in err for name in configurations(0, quick=True))
     assert err.count("\n") == 1
 
 

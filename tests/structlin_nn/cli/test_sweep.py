@@ -77,31 +77,31 @@ def test_runs_are_made_skipped_and_made_again(folder: Path, capsys: pytest.Captu
 
     Path("mine.py").write_text(SWEEP.replace("grid(", "[{}, {'lr': 1e30}, {'lr': 2e-3}], grid("))
     runs = ["dense-w8", *(f"monarch{lr}-w8" for lr in ("", "-lr1e+30", "-lr0.002"))]
-    done, finishes, diverges, blocked = (Path("runs/mine", name) for name in runs)
-    blocked.mkdir(parents=True)
+    done, again, diverges, blocked = (Path("runs/mine", name) for name in runs)
+    for folder in (again, blocked):
+        folder.mkdir(parents=True)
+    (again / "failed.json").write_text('{"error": "of a cause that is removed"}\n')
     (blocked / "checkpoints").touch()  # a file where a folder has to be
     chosen = f"--only {done.name} --only monarch*-w8"
-    line = f"{LINE} --workers 1 {chosen}"
-    assert main([*line.split(), "--quiet"]) == 1
+    assert planned(capsys, chosen) == dict(zip(runs, ["finished", "failed", "new", "new"], strict=True))
+    # Not started again without the option.
+    assert main(f"{LINE} --print-commands --only {done.name} --only {again.name}".split()) == 0
+    assert "all runs are finished" in capsys.readouterr().err
+    assert main(f"{LINE} --workers 1 {chosen} --retry --quiet".split()) == 1
     err = capsys.readouterr().err
     assert "finite" in err or "the loss is" in err
     assert f"{diverges.name}: " in err
     assert f"{blocked.name}: NotADirectoryError" in err
     assert planned(capsys, chosen) == dict(zip(runs, ["finished", "finished", "failed", "failed"], strict=True))
     assert (done / "record.jsonl").read_bytes() == before
-    record = read_record(finishes / "record.jsonl")
+    record = read_record(again / "record.jsonl")
     assert record.finished
     assert (record.header["config"]["structure"], record.header["config"]["width"]) == ("monarch", 8)
+    assert not (again / "failed.json").exists()
     assert json.loads((diverges / "failed.json").read_text())["error"]
     assert "Traceback" in json.loads((blocked / "failed.json").read_text())["traceback"]
-    # Not started again without the option.
-    assert main([*line.split(), "--print-commands"]) == 0
-    assert "all runs are finished" in capsys.readouterr().err
-    assert main([*line.split(), "--print-commands", "--retry"]) == 0
+    assert main(f"{LINE} --print-commands --retry {chosen}".split()) == 0
     assert "--lr 1e+30" in capsys.readouterr().out
-    (blocked / "checkpoints").unlink()
-    assert main(f"{LINE} --workers 1 --only {blocked.name} --quiet --retry".split()) == 0
-    assert planned(capsys, f"--only {blocked.name}") == {blocked.name: "finished"}
 
 
 @pytest.mark.parametrize(
