@@ -61,26 +61,14 @@ def assert_close(found: list[tuple[list[float], Any]]) -> None:
     assert "flax" in flaxs.header["versions"]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"accumulate": 2},
-        pytest.param(
-            {
-                "model": "cifar-vit",
-                "optimizer": "adamw",
-                "weight_decay": 0.05,
-                "clip": 0.5,
-                "ema": 0.9,
-                "accumulate": 2,
-            },
-            marks=pytest.mark.slow,
-        ),
-    ],
-    ids=["mlp", "vit"],
-)
+# One network for all tests of cifar, so that it is compiled once.
+MLP = {"epochs": 2, "width": 32, "depth": 1, "rms_cap": True, "accumulate": 2, "ema": 0.9, "clip": 0.5}
+VIT = {**MLP, "model": "cifar-vit", "optimizer": "adamw", "weight_decay": 0.05}
+
+
+@pytest.mark.parametrize("changes", [MLP, pytest.param(VIT, marks=pytest.mark.slow)], ids=["mlp", "vit"])
 def test_cifar_is_the_run_in_torch(changes: dict[str, Any], config: Any, small_cifar: Path, tmp_path: Path) -> None:
-    config = config.replace(**{"epochs": 2, "width": 32, "depth": 1, "rms_cap": True, **changes})
+    config = config.replace(**changes)
     assert_close(both("cifar", config, {"data": small_cifar, "unverified": True}, tmp_path))
 
 
@@ -94,8 +82,12 @@ def test_resumed_results_are_bit_identical(
     name: str, config: Any, gpt2_config: Any, small_cifar: Path, text_tokens: Path, tmp_path: Path
 ) -> None:
     module = recipe_module(f"flax_{name}")
-    given = {"cifar": (config, {"data": small_cifar, "unverified": True}), "gpt2": (gpt2_config, {"data": text_tokens})}
-    config, more = given[name][0].replace(ema=0.9, clip=0.5, depth=1, structure="low_rank", options={}), given[name][1]
+    config, more = {
+        "cifar": (config.replace(**MLP), {"data": small_cifar, "unverified": True}),
+        "gpt2": (
+            gpt2_config.replace(ema=0.9, clip=0.5, depth=1, structure="low_rank", options={}), {"data": text_tokens},
+        ),
+    }[name]  # fmt: skip
     config, options = module.Config.from_dict(config.to_dict()), module.Options(quiet=True, **more)
     losses: dict[str, list[float]] = {"whole": [], "part": []}
 
@@ -115,7 +107,7 @@ def test_resumed_results_are_bit_identical(
 def test_damage_and_another_recipe(config: Any, small_cifar: Path, tmp_path: Path) -> None:
     module = recipe_module("flax_cifar")
     options = module.Options(data=small_cifar, unverified=True, quiet=True, out=tmp_path / "run")
-    own = module.Config.from_dict(config.replace(depth=1, structure="dense", options={}).to_dict())
+    own = module.Config.from_dict(config.replace(**MLP).to_dict())
     module.train(own, options, watch=lambda run, loss: run.step == 2)
     with pytest.raises(ValueError, match="is one of flax_cifar, and this is one of cifar"):
         recipe_module("cifar").train(config, replace(options, resume=True))

@@ -162,14 +162,14 @@ class TestGPT2:
 
     def test_learns(self, options: gpt2.Options) -> None:
         config = gpt2.Config(
-            width=64, base_width=64, depth=2, heads=4, context=32, batch_size=16, steps=100, warmup_steps=10, lr=3e-3,
-            structure="block_tensor_train", rms_cap=True, eval_every=100, eval_sequences=160, threads=1,
+            width=64, base_width=64, depth=2, heads=4, context=32, batch_size=16, steps=70, warmup_steps=10, lr=3e-3,
+            structure="block_tensor_train", rms_cap=True, eval_every=70, eval_sequences=160, threads=1,
         )  # fmt: skip
         first, last = read_record(gpt2.train(config, options).record).evaluations
         assert first["val_loss"] == pytest.approx(math.log(256), abs=1e-3)
         assert last["val_loss"] < 0.6 * first["val_loss"]
         assert last["val_perplexity"] == pytest.approx(math.exp(last["val_loss"]), rel=1e-12)
-        assert last["tokens"] == 100 * 16 * 32
+        assert last["tokens"] == 70 * 16 * 32
 
     def test_validation_is_the_whole_split(self, gpt2_config: gpt2.Config, options: gpt2.Options) -> None:
         config = gpt2_config.replace(ema=0.0)
@@ -187,12 +187,12 @@ class TestGPT2:
     def test_the_validation_set_does_not_depend_on_parts(self, gpt2_config: gpt2.Config, options: gpt2.Options) -> None:
         """Nor on the time: with a rate of nearly 0 all evaluations are the same, also of a run that is resumed."""
         config = gpt2_config.replace(
-            lr=1e-30, ema=0.0, weight_decay=0.0, whole_validation=False, steps=6, eval_every=2, accumulate=1
+            lr=1e-30, ema=0.0, weight_decay=0.0, whole_validation=False, steps=4, eval_every=2, accumulate=1
         )
         found = []
         for parts in (1, 4):
             out = options.out / str(parts)
-            gpt2.train(config, replace(options, out=out), watch=lambda run, loss: run.step == 4)
+            gpt2.train(config, replace(options, out=out), watch=lambda run, loss: run.step == 3)
             gpt2.train(config.replace(accumulate=parts), replace(options, out=out, resume=True))
             lines = read_record(out / "record.jsonl").evaluations
             found += [(line["val_tokens"], line["train_loss"], line["val_loss"]) for line in lines]
@@ -227,7 +227,9 @@ class TestGPT2:
     def test_base_and_vocabulary(self, gpt2_config: gpt2.Config, options: gpt2.Options) -> None:
         """The base model has this one's expansion, or the paper's; the dense base trains at the rate itself."""
         for expansion, width in ((0, 64), (1, 16)):
-            config = gpt2_config.replace(base_width=16, vocabulary=300, base_expansion=expansion, steps=4)
+            config = gpt2_config.replace(
+                base_width=16, vocabulary=300, base_expansion=expansion, steps=4, whole_validation=False
+            )
             gpt2.train(config, replace(options, out=options.out / str(width)))
             for layer in read_record(options.out / str(width) / "record.jsonl").header["structures"]:
                 base = width if layer["name"].endswith("down") else 16
@@ -264,6 +266,9 @@ class TestGPT2:
         assert not options.out.exists()
 
 
+LARGER = ("resnet18", "fastvit_t8")
+
+
 class TestImageNet:
     @pytest.fixture
     def options(self, image_tree: Path, tmp_path: Path) -> imagenet.Options:
@@ -285,12 +290,13 @@ class TestImageNet:
         """Rand-augment, jitter, erasing and mixup, with workers, for some epochs: no image is refused."""
         paper = recipe("imagenet-vit")
         config = imagenet_config.replace(
-            augment=paper.augment, erasing=paper.erasing, color_jitter=paper.color_jitter, workers=2, epochs=4
+            augment=paper.augment, erasing=paper.erasing, color_jitter=paper.color_jitter, workers=2, epochs=2
         )
         assert imagenet.train(config, options).finished
 
     @pytest.mark.parametrize(
-        "name", ["resnet18", "test_efficientnet", "test_vit", pytest.param("fastvit_t8", marks=pytest.mark.slow)]
+        "name",
+        ["test_resnet", "test_efficientnet", "test_vit", *(pytest.param(n, marks=pytest.mark.slow) for n in LARGER)],
     )
     def test_models_of_timm_of_any_size(self, name: str, imagenet_config: Any, options: imagenet.Options) -> None:
         timm = pytest.importorskip("timm")
@@ -497,7 +503,7 @@ class TestModelsByName:
         [
             ("cifar", "--model own_models:images --width 32 --structure monarch --options blocks=4 --batch-size 40 "
              "--epochs 1 --data-set cifar10"),
-            ("cifar", "--model timm:resnet18 --batch-size 40 --epochs 1 --data-set cifar10"),
+            ("cifar", "--model timm:test_resnet --batch-size 40 --epochs 1 --data-set cifar10"),
             ("gpt2", "--model own_models:tokens --width 32 --base-width 16 --structure low_rank "
              "--model-options hidden=1"),
             ("gpt2", "--model hf:gpt2 --structure low_rank --model-options n_layer=1 n_embd=32 n_head=2"),
