@@ -225,7 +225,9 @@ def test_several_budgets_and_seconds() -> None:
     assert both.forward_macs <= 1e6
     assert both.bytes <= 5e6
     assert both.share == pytest.approx(max(both.forward_macs / 1e6, both.bytes / 5e6))
-    timed = plan_model("cifar-mlp", 1e-4, resource="step_seconds", device="h100", batch_size=512, multiple_of=32, depth=1)
+    timed = plan_model(
+        "cifar-mlp", 1e-4, resource="step_seconds", device="h100", batch_size=512, multiple_of=32, depth=1
+    )
     model = build_model("cifar-mlp", width=timed.width, depth=1, device="meta")
     counted = count(model, model.example_input(512, device="meta"))
     assert timed.step_seconds == pytest.approx(roofline(counted, DEVICES["h100"], "float32").step)
