@@ -62,7 +62,7 @@ def spent(plan: Any, resource: str, width: int, rank: int | None = None, **sizes
         ("cifar-mlp", "dense", {}, "forward_macs", 1e6, {}, {}),
         ("cifar-mlp", "monarch", {"blocks": 4}, "params", 1e5, {"multiple_of": 4}, {}),
         ("cifar-mlp", "block_tensor_train", {"rank": 2}, "forward_macs", 1e6, {}, {"depth": 5}),
-        ("cifar-vit", "low_rank", {}, "training_flops", 2e10, {"samples": 1000}, {"depth": 1}),
+        ("cifar-vit", "low_rank", {}, "training_flops", 2e9, {"samples": 1000}, {"depth": 1}),
         ("gpt2", "kronecker", {}, "bytes", 6e4, {"multiple_of": 2}, {**GPT2, "depth": 1}),
     ],
 )
@@ -90,8 +90,8 @@ def test_rank_at_a_width() -> None:
 
 def test_widths_that_cannot_be_built() -> None:
     """Heads need a width of at least their number; a butterfly a power of two, and square layers."""
-    plan = plan_model("cifar-vit", 1e6, heads=7)
-    assert spent(plan, "forward_macs", plan.width, heads=7) <= 1e6
+    plan = plan_model("cifar-vit", 1e6, heads=7, depth=1)
+    assert spent(plan, "forward_macs", plan.width, heads=7, depth=1) <= 1e6
 
 
 def test_table_of_equal_compute() -> None:
@@ -180,8 +180,8 @@ def test_nothing_wider_fits(space: Any) -> None:
     lists = {key: values[:2] for key, values in lists.items()}
     reach = tried.cost(name, structure, "forward_macs", 36, {k: v[0] for k, v in lists.items() if k != "depth"}, MLP)
     compared = [
-        tried.check(name, structure, "forward_macs", generator.uniform(0.1, 0.8) * reach, 110, lists, **sizes)
-        for _ in range(8)
+        tried.check(name, structure, "forward_macs", generator.uniform(0.1, 0.8) * reach, 72, lists, **sizes)
+        for _ in range(5)
     ]
     assert sum(compared) >= 3
 
@@ -208,12 +208,12 @@ def test_a_cost_that_is_not_monotone() -> None:
 
 
 def test_transforms_are_not_free() -> None:
-    plan = plan_model("cifar-mlp", 1e6, structure="toeplitz", depth=1)
+    plan = plan_model("cifar-mlp", 1e5, structure="toeplitz", depth=1)
     record = count_model("cifar-mlp", width=plan.width, structure="toeplitz", depth=1)
     assert record["other_flops"] > record["forward_macs"]
-    assert plan.forward_macs == record["forward_macs"] + record["other_flops"] / 2 <= 1e6
+    assert plan.forward_macs == record["forward_macs"] + record["other_flops"] / 2 <= 1e5
     trained = plan_model(
-        "cifar-mlp", 1e9, structure="toeplitz", depth=1, resource="training_flops", samples=100
+        "cifar-mlp", 1e8, structure="toeplitz", depth=1, resource="training_flops", samples=100
     )  # fmt: skip
     record = count_model("cifar-mlp", width=trained.width, structure="toeplitz", depth=1)
     assert trained.training_flops == 100 * (2 * record["training_macs"] + record["training_other_flops"])
@@ -452,7 +452,7 @@ class TestCommand:
 
 
 def test_table_names_the_rank_that_a_structure_has_by_default(capsys: pytest.CaptureFixture[str]) -> None:
-    line = "plan cifar-mlp --depth 1 --forward-macs 2e5 --structure tensor_train --structure low_rank"
+    line = "plan cifar-mlp --depth 1 --forward-macs 1e5 --structure tensor_train --structure low_rank"
     assert main([*line.split(), "--structure", "low_rank:rank_fraction=0.25"]) == 0
     rows = [" ".join(row.split()) for row in capsys.readouterr().out.splitlines()[2:]]
     for row, start in zip(

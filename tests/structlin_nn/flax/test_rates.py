@@ -33,9 +33,16 @@ def torch_name(name: str) -> str:
     return f"{parent}.{_LAST.get(last, last)}"
 
 
-@pytest.mark.parametrize("name", ["cifar-mlp", "cifar-vit"])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("structure_aware", [True, False])
+# Without the slow tests, each pair of values once.
+@pytest.mark.parametrize(
+    ("structure_aware", "optimizer", "name"),
+    [
+        pytest.param(aware, optimizer, name, marks=() if (i + j + k) % 2 == 0 else pytest.mark.slow)
+        for i, aware in enumerate([True, False])
+        for j, optimizer in enumerate(["adamw", "sgd"])
+        for k, name in enumerate(["cifar-mlp", "cifar-vit"])
+    ],
+)
 def test_are_those_of_torch(name: str, optimizer: str, structure_aware: bool) -> None:
     first = {"cifar-mlp": "input", "cifar-vit": "patch_embedding"}[name]
     common = {"optimizer": optimizer, "structure_aware": structure_aware, "extra_multipliers": {first: 0.1}}

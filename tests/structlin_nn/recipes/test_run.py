@@ -173,7 +173,7 @@ class TestEveryRecipe:
             losses: list[float] = []
             recipe_module(name).train(
                 one, replace(options, out=tmp_path / str(number)),
-                watch=lambda run, loss, losses=losses: losses.append(loss) or len(losses) == 6,
+                watch=lambda run, loss, losses=losses: losses.append(loss) or len(losses) == 3,
             )  # fmt: skip
             found.append(losses)
         assert found[0] == pytest.approx(found[1], rel=1e-5)
@@ -200,8 +200,8 @@ class TestResume:
         assert_same(whole, options.out)
 
     def test_many_times(self, whole: Path, config: Config, options: Options) -> None:
-        for _ in range(5):
-            train(config, replace(options, resume=True), watch=stop_after(4))
+        for _ in range(3):
+            train(config, replace(options, resume=True), watch=stop_after(6))
         assert train(config, replace(options, resume=True)).finished
         assert_same(whole, options.out)
 
