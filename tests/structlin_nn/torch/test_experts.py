@@ -71,39 +71,38 @@ def matrices(layer: StructuredExperts, factors: list[Tensor] | None = None) -> l
     return [dense_matrix(layer.structure, [f[e] for f in stacked]) for e in range(EXPERTS)]
 
 
-def products(layer: StructuredExperts, x: Tensor, sizes: list[int], factors: list[Tensor] | None = None) -> Tensor:
-    made = matrices(layer, factors)
+def products(made: list[np.ndarray], x: Tensor, sizes: list[int]) -> Tensor:
     owner = np.repeat(np.arange(EXPERTS), sizes)
     y = [made[e] @ row for e, row in zip(owner, x.detach().double().numpy(), strict=True)]
-    return torch.from_numpy(np.array(y).reshape(len(x), layer.out_features))
+    return torch.from_numpy(np.array(y).reshape(len(x), len(made[0])))
 
 
 @pytest.mark.parametrize(("name", "shape", "options"), [*EACH, *PADDED])
 def test_rows_and_gradients_are_those_of_a_matrix_for_each_expert(name, shape, options):
     layer = make(name, shape, options, dtype=torch.float64)
-    bias = layer.bias.detach()
+    bias, made, step, ends = layer.bias.detach(), matrices(layer), 1e-4, []
+    torch.testing.assert_close(layer.weight.detach(), torch.from_numpy(np.stack(made)))
+    for number, factor in enumerate(layer.factors):  # moved in a direction, and back
+        along, others = torch.randn_like(factor), [f.detach() for f in layer.factors]
+        moved = (factor.detach() + sign * step * along for sign in (1, -1))
+        ends.append((along, *(matrices(layer, [*others[:number], f, *others[number + 1 :]]) for f in moved)))
     for sizes in SIZES:
         x = torch.randn(sum(sizes), shape[1], dtype=torch.float64, requires_grad=True)
         y = layer(x, sizes)
         shift = bias.repeat_interleave(torch.tensor(sizes), dim=0)
-        torch.testing.assert_close(y, products(layer, x, sizes) + shift, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(layer.weight.detach(), torch.from_numpy(np.stack(matrices(layer))))
+        torch.testing.assert_close(y, products(made, x, sizes) + shift, rtol=1e-10, atol=1e-10)
         gy = torch.randn_like(y)
         gx, *grads = torch.autograd.grad(y, [x, *layer.parameters()], gy, allow_unused=True)
-        made = matrices(layer)
         for e, (rows, own) in enumerate(zip(gx.split(sizes), gy.split(sizes), strict=True)):
             torch.testing.assert_close(rows, own @ torch.from_numpy(made[e]), rtol=1e-10, atol=1e-10)
         held = dict(zip((n for n, _ in layer.named_parameters()), grads, strict=True))
         sums = torch.stack([own.sum(0) for own in gy.split(sizes)])
         torch.testing.assert_close(held["bias"], sums, rtol=1e-10, atol=1e-10)
-        for number, factor in enumerate(layer.factors):
+        for number, (along, *both) in enumerate(ends):
             found = held[f"factors.{number}"]
             assert not found[[size == 0 for size in sizes]].any()
-            along, step = torch.randn_like(factor), 1e-4  # the derivative in a direction, by differences
-            ends = [[f + sign * step * along if n == number else f for n, f in enumerate(layer.factors)]
-                    for sign in (1, -1)]  # fmt: skip
-            plus, minus = (products(layer, x, sizes, [f.detach() for f in end]) for end in ends)
-            expected = ((plus - minus) / (2 * step) * gy).sum()
+            plus, minus = (products(end, x, sizes) for end in both)
+            expected = ((plus - minus) / (2 * step) * gy).sum()  # the derivative in that direction
             torch.testing.assert_close((found * along).sum(), expected, rtol=1e-6, atol=1e-7)
 
 
@@ -111,10 +110,10 @@ def test_rows_and_gradients_are_those_of_a_matrix_for_each_expert(name, shape, o
 @pytest.mark.parametrize(("name", "shape", "options"), [*PADDED, ("low_rank", (7, 11), {"rank": 3})])
 def test_low_precision_rounds_as_one_layer_does(name, shape, options, dtype):
     layer = make(name, shape, options, dtype=dtype)
-    limit = 40 * torch.finfo(dtype).eps
+    limit, made = 40 * torch.finfo(dtype).eps, matrices(layer)
     for sizes in SIZES[:3]:
         x = torch.randn(sum(sizes), shape[1], dtype=dtype)
-        expected = products(layer, x, sizes) + layer.bias.detach().double().repeat_interleave(torch.tensor(sizes), 0)
+        expected = products(made, x, sizes) + layer.bias.detach().double().repeat_interleave(torch.tensor(sizes), 0)
         y = layer(x, sizes)
         assert y.dtype is dtype
         assert (y.double() - expected).norm() <= limit * expected.norm()
@@ -132,7 +131,7 @@ def test_caps_and_gains_are_those_of_each_expert(gain):
         layer.factors[0][1].mul_(5)  # one expert beyond its cap
         layer.factors[1][2].mul_(0.2)
     x, sizes = torch.randn(6, 12, dtype=torch.float64), SIZES[0]
-    expected = products(layer, x, sizes) + layer.bias.detach().repeat_interleave(torch.tensor(sizes), 0)
+    expected = products(matrices(layer), x, sizes) + layer.bias.detach().repeat_interleave(torch.tensor(sizes), 0)
     torch.testing.assert_close(layer(x, sizes), expected)
     dense = torch.from_numpy(np.stack(matrices(layer)))
     torch.testing.assert_close(layer.weight.detach(), dense)
