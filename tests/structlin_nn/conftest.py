@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from structlin import execution
 from structlin_nn.data import load_images
 from structlin_nn.records import RecordWriter
 
@@ -71,13 +72,12 @@ def write_shards(root: Path, per_shard: int = 7) -> Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def one_way(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Only the tests of layers compare ways to run products: it takes most of the time of small models.
-
-    Processes that a test starts do not compare them either.
+    """Ways to run products are not compared, which takes most of the time of small models: layers take the way that is
+    estimated to be the fastest, and what is made of them takes one way. So do processes that a test starts.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        if request.path.parent.name not in ("torch", "flax"):
-            patch.setenv("STRUCTLIN_EXECUTION", "products")
+    policy = "estimate" if request.path.parent.name in ("torch", "flax") else "products"
+    with pytest.MonkeyPatch.context() as patch, execution.using(policy):
+        patch.setenv("STRUCTLIN_EXECUTION", policy)
         yield
 
 

@@ -208,12 +208,12 @@ def test_a_cost_that_is_not_monotone() -> None:
 
 
 def test_transforms_are_not_free() -> None:
-    plan = plan_model("cifar-mlp", 1e5, structure="toeplitz", depth=1)
+    plan = plan_model("cifar-mlp", 5e5, structure="toeplitz", depth=1)
     record = count_model("cifar-mlp", width=plan.width, structure="toeplitz", depth=1)
     assert record["other_flops"] > record["forward_macs"]
-    assert plan.forward_macs == record["forward_macs"] + record["other_flops"] / 2 <= 1e5
+    assert plan.forward_macs == record["forward_macs"] + record["other_flops"] / 2 <= 5e5
     trained = plan_model(
-        "cifar-mlp", 1e8, structure="toeplitz", depth=1, resource="training_flops", samples=100
+        "cifar-mlp", 1e9, structure="toeplitz", depth=1, resource="training_flops", samples=100
     )  # fmt: skip
     record = count_model("cifar-mlp", width=trained.width, structure="toeplitz", depth=1)
     assert trained.training_flops == 100 * (2 * record["training_macs"] + record["training_other_flops"])

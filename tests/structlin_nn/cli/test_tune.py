@@ -59,7 +59,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(race, "MOST_ROUNDS", 2)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield tmp_path / "cache"
+    with execution.using("compare"):  # as by default
+        yield tmp_path / "cache"
     torch.set_num_threads(threads)
     choice.forget()
 
