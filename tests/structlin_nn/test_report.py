@@ -58,7 +58,7 @@ def runs(write_run: Callable[..., Path], tmp_path: Path) -> Path:
 
 
 def test_numbers(runs: Path) -> None:
-    page = Page(report([runs], samples=12))
+    page = Page(report([runs], samples=50))
     rows = page.tables["Runs"]
     assert rows[0][:5] == ["run", "group", "width", "parameters", "test error"]
     assert len(rows) == 8
@@ -82,7 +82,7 @@ def test_numbers(runs: Path) -> None:
 
 
 def test_nothing_from_elsewhere(runs: Path) -> None:
-    text = report([runs], samples=12, title='<script>alert("1")</script>')
+    text = report([runs], samples=50, title='<script>alert("1")</script>')
     page = Page(text)
     assert "script" not in page.tags
     assert "link" not in page.tags
@@ -98,7 +98,7 @@ def test_nothing_from_elsewhere(runs: Path) -> None:
         root = ElementTree.fromstring(drawing)
         assert root.attrib["role"] == "img"
         assert root.attrib["aria-label"]
-    assert text == report([runs], samples=12, title='<script>alert("1")</script>'), "the same records, the same page"
+    assert text == report([runs], samples=50, title='<script>alert("1")</script>'), "the same records, the same page"
 
 
 def write_sizes(folder: Path, flat: bool = False) -> None:
@@ -134,7 +134,7 @@ def write_sizes(folder: Path, flat: bool = False) -> None:
 
 def test_law_in_two_sizes_and_what_was_spent(tmp_path: Path) -> None:
     write_sizes(tmp_path)
-    text = report([tmp_path], samples=12)
+    text = report([tmp_path], samples=50)
     page = Page(text)
     law = page.tables["Law in model and data"]
     assert [row[0] for row in law] == ["group", "dense", "monarch", "group", "monarch"]
