@@ -72,10 +72,10 @@ def write_shards(root: Path, per_shard: int = 7) -> Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def one_way(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Ways to run products are not compared, which takes most of the time of small models: layers take the way that is
-    estimated to be the fastest, and what is made of them takes one way. So do processes that a test starts.
+    """Ways to run products are not compared, which takes most of the time of small models. Layers and recipes take the
+    way that is estimated to be the fastest, other tests take one way, and so do the processes that a test starts.
     """
-    policy = "estimate" if request.path.parent.name in ("torch", "flax") else "products"
+    policy = "estimate" if request.path.parent.name in ("torch", "flax", "recipes") else "products"
     with pytest.MonkeyPatch.context() as patch, execution.using(policy):
         patch.setenv("STRUCTLIN_EXECUTION", policy)
         yield
