@@ -5,12 +5,18 @@ import os
 import runpy
 import shutil
 import tempfile
+from collections import Counter
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
+from hypothesis import settings
 
 jax.config.update("jax_enable_x64", True)
+
+settings.register_profile("few", max_examples=12)
 
 _OWN = "STRUCTLIN_CACHE" not in os.environ
 
@@ -22,6 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Keep rates and timings of ways in a folder of this run, which all its processes share, and not in the user's.
 
     Without the slow tests, XLA compiles quickly, also in processes that tests start; with them, as it does for users.
+    Tests of Hypothesis that set no number of examples then take few.
     Where xdist starts workers, libraries use one thread in each, as in .ci/run: more would wait for one another.
     """
     if getattr(config.option, "numprocesses", None):
@@ -29,9 +36,37 @@ def pytest_configure(config: pytest.Config) -> None:
             os.environ.setdefault(f"{library}_NUM_THREADS", "1")
     if "not slow" in config.option.markexpr:
         os.environ.setdefault("XLA_FLAGS", _COMPILE_QUICKLY)  # read when jax first asks for its devices
+        settings.load_profile("few")
     if _OWN:
         run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
         os.environ["STRUCTLIN_CACHE"] = str(Path(tempfile.gettempdir()) / f"structlin-tests-{run}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what the design of the fast tests leaves out of a product of parameters.
+
+    A function marked ``covering(n)`` keeps a subset in which every ``n`` values of different parameters that occur
+    together anywhere do so. It is chosen greedily; of equally good cases that whose values and pairs of values have
+    been taken least.
+    """
+    functions: dict[str, list[Any]] = {}
+    for item in items:
+        if item.get_closest_marker("covering") and not item.get_closest_marker("slow"):
+            functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in functions.values():
+        values = {case: tuple(enumerate(case.callspec._idlist)) for case in cases}  # one for each parametrize
+        strength = min(cases[0].get_closest_marker("covering").args[0], len(values[cases[0]]))
+        groups = {case: set(combinations(values[case], strength)) for case in cases}
+        counted = {case: [c for n in (1, 2) for c in combinations(values[case], n)] for case in cases}
+        missing, taken = set().union(*groups.values()), Counter()
+        while missing:
+            best = max(cases, key=lambda case: (len(groups[case] & missing), -sum(taken[c] for c in counted[case])))
+            cases.remove(best)
+            missing -= groups[best]
+            taken.update(counted[best])
+        for case in cases:
+            case.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:
