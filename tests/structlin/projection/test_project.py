@@ -37,6 +37,7 @@ def numpy(x):
     return x.resolve_conj().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 @pytest.mark.parametrize("dtype", ["float64", "complex128", "float32"])
 @pytest.mark.parametrize("name", CASES)
@@ -247,6 +248,7 @@ def test_bad_types(matrix, structure, words):
 # -- scale and dtype -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("scale", [1e160, 1e-160, 1e-200, 1e300])
 @pytest.mark.parametrize(("name", "options"), [
     ("low_rank", {"rank": 2}), ("kronecker", {}), ("monarch", {"blocks": 3}), ("block_diagonal", {"blocks": 2}),

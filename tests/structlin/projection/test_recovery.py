@@ -46,6 +46,7 @@ def check(W, structure, **options):
     return found
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
 @pytest.mark.parametrize(("name", "shape", "options"), EXAMPLES)
 def test_every_registered_structure(name, shape, options, dtype):
@@ -64,6 +65,7 @@ def test_more_cores_and_sizes(name, shape, options):
         assert found.iterations <= 3
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
     ("shape", "options"), [((15, 6), {"blocks": 3, "rank": 2}), ((24, 36), {"blocks": 3, "rank": 4})]
@@ -73,6 +75,7 @@ def test_blast_with_twelve_restarts(shape, options, seed):
     assert check(W, "blast", restarts=12, max_sweeps=3000, **options).error_bound is None
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("structure", CHAINS, ids=repr)
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
 def test_chains_by_their_roles(structure, dtype):
