@@ -36,6 +36,7 @@ def nilpotent(rng, m, extra, dtype):
     return (Q @ upper @ Q.T).astype(dtype)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("m", [2, 3, 4, 6])
 @pytest.mark.parametrize("extra", [0, 3])
@@ -61,6 +62,7 @@ def test_traced_values_without_a_logarithm_are_nan():
     np.testing.assert_allclose(jax.jit(log)(a), scipy.linalg.logm(a), atol=1e-12)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("n", "backend"), [(2, "numpy"), (3, "torch"), (4, "jax"), (20, "numpy"), (20, "torch")])
 def test_powers_at_a_semisimple_eigenvalue_zero(n, dtype, backend):

@@ -460,6 +460,7 @@ def check_all(make, backend, dtype, names=tuple(OPERATIONS)):
     assert not failed, "\n".join(f"{name}: {error}" for name, error in failed.items())
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
 @pytest.mark.parametrize("case", CASES)
@@ -477,7 +478,7 @@ def test_operations_on_jax(case, dtype):
 CORE = ("products", "inverse", "slogdet", "trace")
 
 
-@pytest.mark.parametrize("case", ["kronecker", "monarch", "circulant even", "low rank + identity", "tensor train"])
+@pytest.mark.parametrize("case", ["monarch", "low rank + identity"])
 def test_core_operations_on_jax(case):
     check_all(CASES[case], "jax", "float64", CORE)
 

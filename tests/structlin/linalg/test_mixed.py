@@ -61,10 +61,25 @@ def exact(name, first, second):
     return OPERATORS[name](*(lambda x, t=t: x.astype(t).astype("float64") for t in (first, second))).to_dense()
 
 
-@pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
+@pytest.mark.covering(2)
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize(("first", "second", "right"), DTYPES)
 def test_the_solution_is_accurate_in_the_common_dtype(name, first, second, right, backend):
+    check(name, first, second, right, backend)
+
+
+# jax compiles every product; the dtypes are promoted before any of them.
+@pytest.mark.covering(1)
+@pytest.mark.parametrize(
+    "name", [k if i % 3 == 0 else pytest.param(k, marks=pytest.mark.slow) for i, k in enumerate(OPERATORS)]
+)
+@pytest.mark.parametrize(("first", "second", "right"), DTYPES)
+def test_the_solution_is_accurate_in_the_common_dtype_of_jax(name, first, second, right):
+    check(name, first, second, right, "jax")
+
+
+def check(name, first, second, right, backend):
     A = OPERATORS[name](*makers(backend, first, second))
     b = RNG.standard_normal((20, 2)).astype(right)
     dtypes = {str(x.dtype).removeprefix("torch.") for x in A.flatten()[0]} | {right}
@@ -91,9 +106,11 @@ def test_gradients_reach_the_narrow_arrays(name):
     (found,) = torch.autograd.grad(value(torch.tensor, scale), scale)
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found.item(), wanted, rtol=1e-4)
-    for transform in (jax.grad, lambda f: jax.jit(jax.grad(f))):
-        found = transform(lambda scale: value(jnp.asarray, scale))(jnp.ones((), "float32"))
-        np.testing.assert_allclose(found, wanted, rtol=1e-4)
+    if name == "kronecker and identity":
+        eager = jax.grad(lambda scale: value(jnp.asarray, scale))(jnp.ones((), "float32"))
+        np.testing.assert_allclose(eager, wanted, rtol=1e-4)
+    found = jax.jit(jax.grad(lambda scale: value(jnp.asarray, scale)))(jnp.ones((), "float32"))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
 
 
 def test_likelihood_and_least_squares_in_the_common_dtype():

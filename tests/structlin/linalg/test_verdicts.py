@@ -179,7 +179,7 @@ def test_second_derivatives_of_functions_are_refused():
     with pytest.raises(RuntimeError, match="first derivatives only"):
         torch.autograd.grad(value("sqrt", "dense", x), x, create_graph=True)
     assert torch.isfinite(first).all()
-    assert np.isnan(jax.hessian(lambda x: value("sqrt", "dense", x))(jnp.zeros((2, 2)))).any()
+    assert np.isnan(jax.jit(jax.hessian(lambda x: value("sqrt", "dense", x)))(jnp.zeros((2, 2)))).any()
     for twice in (torch.func.hessian, lambda f: torch.func.grad(lambda x: torch.func.grad(f)(x).sum())):
         assert torch.isnan(twice(lambda x: value("sqrt", "dense", x))(x.detach())).any()
 
@@ -494,7 +494,7 @@ def test_small_integers_as_permutations(dtype, backend):
     np.testing.assert_array_equal(to_numpy(P @ to_backend(np.arange(20.0), backend)), dense @ np.arange(20.0))
 
 
-@pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("backend", ["numpy", "torch", pytest.param("jax", marks=pytest.mark.slow)])
 def test_single_precision_with_small_noise(backend):
     K = sl.Kronecker(*(to_backend(spd(8, k).astype("float32"), backend) for k in range(2)))
     A = PSD(PSD(K) + 1e-3 * cola.ops.I_like(K))
@@ -558,7 +558,7 @@ def test_least_squares(shape):
 
 
 def test_some_eigenvalues_and_singular_values():
-    n = 600
+    n = 300
     T = sl.Toeplitz(0.9 ** np.arange(n))
     A = PSD(T)
     dense = T.to_dense()
@@ -567,7 +567,7 @@ def test_some_eigenvalues_and_singular_values():
     np.testing.assert_allclose(dense @ vectors.to_dense(), vectors.to_dense() * values, atol=1e-8)
     small, _ = linalg.eigsh(A, 3, "SM")
     np.testing.assert_allclose(small, np.linalg.eigvalsh(dense)[:3], rtol=1e-7)
-    R = sl.Toeplitz.random((300, 200), seed=0)
+    R = sl.Toeplitz.random((150, 100), seed=0)
     U, S, Vh = linalg.svd(R, 5)
     u, s, vh = np.linalg.svd(R.to_dense())
     np.testing.assert_allclose(S, s[:5], rtol=1e-9)
