@@ -432,9 +432,8 @@ def annotations(A, a):
 REFUSALS = (ValueError, ArithmeticError, np.linalg.LinAlgError)
 
 
-def run(make, name, backend, dtype):
+def run(A, a, name):
     check, raises = OPERATIONS[name]
-    A, a = make(backend, dtype)
     if not raises(a):
         check(A, a)
         return
@@ -450,11 +449,12 @@ def run(make, name, backend, dtype):
 def check_all(make, backend, dtype, names=tuple(OPERATIONS)):
     """All operations on one operator, and one report of those that fail."""
     failed = {}
+    A, a = make(backend, dtype)
     for name in names:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", np.exceptions.ComplexWarning)
-                run(make, name, backend, dtype)
+                run(A, a, name)
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {error}"
     assert not failed, "\n".join(f"{name}: {error}" for name, error in failed.items())

@@ -314,7 +314,7 @@ def test_a_singular_matrix_raises_at_every_size(n):
 
 # One column is iterated as a vector is, which both cases solve.
 @pytest.mark.parametrize("columns", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+@pytest.mark.parametrize("dtype", [pytest.param("float64", marks=pytest.mark.slow), "complex128"])
 def test_iterations_under_jit_and_what_follows_them(dtype, columns, monkeypatch):
     n = levinson.ITERATED + 3
     c = 0.6 ** np.arange(n) * (1 if dtype == "float64" else np.exp(0.3j * np.arange(n)))
