@@ -53,6 +53,7 @@ def numpy(x):
     return x.detach().resolve_conj().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
 @pytest.mark.parametrize(("source", "target", "shape", "options"), CASES)
@@ -60,7 +61,11 @@ def test_the_matrix_stays(source, target, shape, options, backend, dtype):
     check(source, target, shape, options, backend, dtype)
 
 
-@pytest.mark.parametrize(("source", "target"), conversions())
+# Gradients in jax pass through every conversion below.
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [pair if k % 5 == 0 else pytest.param(*pair, marks=pytest.mark.slow) for k, pair in enumerate(conversions())],
+)
 def test_the_matrix_stays_in_jax(source, target):
     """One size each, without transposes: every product is compiled."""
     shape, options = sources(source, target)[0]
@@ -88,6 +93,7 @@ def test_the_class_is_that_of_the_target(source, target):
         assert type(B) is structure_class(target)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", structure_names())
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_everything_becomes_dense(name, backend):
@@ -104,6 +110,7 @@ def test_composites_become_dense():
     np.testing.assert_allclose(convert(A, "dense").factors[0], A.to_dense())
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("source", "shape", "options"),

@@ -24,6 +24,7 @@ def matrix(A):
     return to_numpy(A.to_dense())
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_products_through_scipy(backend, dtype):
@@ -46,7 +47,7 @@ def test_products_through_scipy(backend, dtype):
     assert isinstance(S @ y.repeat(2, 0)[:8], np.ndarray)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["numpy", "torch", pytest.param("jax", marks=pytest.mark.slow)])
 def test_scipys_solvers_run_on_ours(backend):
     L = random("low_rank", (12, 12), backend, rank=3)
     A = L @ L.T + random("diagonal", (12, 12), backend) @ random("diagonal", (12, 12), backend) + cola.ops.I_like(L)
@@ -179,6 +180,7 @@ COUNTERPARTS = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", COUNTERPARTS)
 def test_colas_operators(name, backend):
@@ -204,6 +206,7 @@ CHAINS = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
 @pytest.mark.parametrize("name", CHAINS)
 def test_chains_in_colas_operators(name, backend):
@@ -291,7 +294,7 @@ def test_scipys_methods_on_rectangular_and_complex_operators():
     np.testing.assert_allclose(interop.to_scipy(torch_operator) @ x, a @ x)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["numpy", "torch", pytest.param("jax", marks=pytest.mark.slow)])
 def test_powers(backend):
     A = positive_definite(backend)
     dense = np.asarray(A)

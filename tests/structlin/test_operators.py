@@ -135,6 +135,7 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_chain = pytest.mark.parametrize("chain", CHAINS)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     ("backend", "dtype"), [(b, d) for b in BACKENDS for d in DTYPES if b != "jax" or d == "complex128"]
 )
