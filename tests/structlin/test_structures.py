@@ -38,8 +38,15 @@ def test_the_register_holds_the_named_structures_in_order():
 # -- conformance ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
-@pytest.mark.parametrize(("backend", "dtype"), [*(("numpy", d) for d in NUMPY), *(("torch", d) for d in TORCH)])
+# The fast tests take a real, a complex and a rounded dtype of each structure, and one of the others.
+DTYPES = [*(("numpy", d) for d in NUMPY), *(("torch", d) for d in TORCH)]
+MAIN = (("numpy", "float64"), ("torch", "complex64"), ("torch", "bfloat16"))
+
+
+@pytest.mark.parametrize(("name", "backend", "dtype"), [
+    pytest.param(name, *pair, marks=() if pair in MAIN or (i + j) % len(DTYPES) == 0 else pytest.mark.slow)
+    for i, name in enumerate(BUILT_IN) for j, pair in enumerate(DTYPES)
+])  # fmt: skip
 def test_conformance(name, backend, dtype):
     check_structure(structure_class(name), backend=backend, dtype=dtype)
 
@@ -53,11 +60,9 @@ def test_conformance_on_jax(name):
 @pytest.mark.parametrize("name", ["dense", "permutation", "toeplitz"])
 def test_conformance_on_jax_as_it_comes(name):
     """64 bits are not enabled there."""
-    shape, options = structure_class(name).examples[0]
+    cls = structure_class(name)
     with jax.enable_x64(False):
-        check_design(
-            structure_class(name), shape, options, backend="jax", dtype="float32", transform=jax.jit, quick=True
-        )
+        check_design(cls, *cls.examples[0], backend="jax", dtype="float32", transform=jax.jit, quick=True)
 
 
 @pytest.mark.slow
@@ -78,11 +83,9 @@ def test_conformance_on_jax_without_jit(name):
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_conformance_under_torch_compile(name):
     torch._dynamo.reset()
-    shape, options = structure_class(name).examples[0]
+    cls = structure_class(name)
     compiled = lambda f: torch.compile(f, fullgraph=True)  # noqa: E731
-    check_design(
-        structure_class(name), shape, options, backend="torch", dtype="float32", transform=compiled, quick=True
-    )
+    check_design(cls, *cls.examples[0], backend="torch", dtype="float32", transform=compiled, quick=True)
 
 
 SIZES = st.integers(1, 4)
@@ -252,6 +255,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
 @pytest.mark.parametrize("cls", TRANSFORMS, ids=lambda cls: cls.__name__)
 def test_transforms(cls, backend):
@@ -354,10 +358,6 @@ def test_block_tensor_train_of_rank_sqrt_d_represents_every_matrix():
 # -- formulas ------------------------------------------------------------------------------------------------------
 
 
-def axes(structure):
-    return dict(structure.sizes)
-
-
 def counts(name, shape, options):
     """(parameters, MACs) by the formulas in the docstrings."""
     d_out, d_in = shape
@@ -403,7 +403,7 @@ def counts(name, shape, options):
         case "butterfly":
             return (2 * d_in * int(math.log2(d_in)),) * 2
         case "einsum":
-            a, b, g, d, e, f, r = (axes(s)[x] for x in "abgdefr")
+            a, b, g, d, e, f, r = (dict(s.sizes)[x] for x in "abgdefr")
             first, second = g * f * d * r * a, f * e * r * g * b
             return first + second, first * b + second * d
         case "toeplitz" | "hankel":
