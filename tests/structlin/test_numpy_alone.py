@@ -36,6 +36,8 @@ operators = {
     "slice": M[:5, :7], "positive": cola.PSD(K + D), "toeplitz": sl.design("toeplitz", (12, 12)) and
     sl.Toeplitz.random((12, 12), seed=0),
 }
+assert type(cola.inv(K)) is sl.Kronecker  # the rules are there without an import of structlin.linalg
+assert sl.solve is sl.linalg.solve is cola.solve
 functions = {
     "to_dense": lambda A: A.to_dense(), "product": lambda A: A @ np.ones(A.shape[1]),
     "rows": lambda A: np.ones(A.shape[0]) @ A, "dense minus": lambda A: (np.ones(A.shape) - A).to_dense(),
@@ -64,6 +66,8 @@ for what, function in {**functions, **square}.items():
             raise RuntimeError(f"{what} of {name}") from error
 found = sl.project(rng.standard_normal((12, 12)), "low_rank", rank=2)
 assert found.optimal
+if sys.argv[1] == "with":
+    assert all(hasattr(sl, name) for name in sl.__all__)
 if sys.argv[1] == "without":
     assert not {"torch", "jax"} & set(sys.modules)
 """
