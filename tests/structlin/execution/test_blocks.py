@@ -127,6 +127,7 @@ MLPS = [
 ]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("case", MLPS, ids=lambda case: f"{case[0].__name__}-{case[3]}-{case[5]}-{case[6]}")
 @pytest.mark.parametrize("kind", ["0", "0kept"])

@@ -117,6 +117,7 @@ def exact_gradients(name):
     return exactly(jax.value_and_grad(weigh(portable(structure), weights_of(structure)), every), x, *factors)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name, threads):
     structure, factors, x = make(name)
@@ -143,6 +144,7 @@ def test_columns(name):
     close(found, exactly(jax.grad(weigh(portable(structure, rows=False), weights), every), x.T, *factors))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("kept", [0, 48, 101])
 @pytest.mark.parametrize("name", CASES)
 def test_activations_that_are_kept_change_nothing(name, kept, monkeypatch, threads):
@@ -166,6 +168,7 @@ def of_slices(structure):
     return factors, x, weights, bias, exactly(portable(structure), x, *factors), wanted
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("kept", [0, 48, 101])
 @pytest.mark.parametrize("rows", [True, False], ids=["rows", "columns"])
 @pytest.mark.parametrize("most", [0, 900])
@@ -191,6 +194,7 @@ def test_slices_change_nothing(most, rows, kept, monkeypatch, threads):
     forget()
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
 def test_other_dtypes(name, dtype):
@@ -212,6 +216,7 @@ def test_other_dtypes(name, dtype):
         assert np.linalg.norm(np.asarray(got).astype("float64") - true) < tolerance * np.linalg.norm(true)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
 def test_bias(name, dtype):
@@ -252,10 +257,10 @@ def test_second_derivatives_in_both_modes(name):
 @pytest.mark.parametrize(
     ("name", "kept", "rows", "bias"),
     [
-        ("block_tensor_train", 0, True, False),
+        pytest.param("block_tensor_train", 0, True, False, marks=pytest.mark.slow),
         ("block_tensor_train", 16, True, True),
         ("tensor_train", 0, False, False),
-        ("butterfly", 16, True, False),
+        pytest.param("butterfly", 16, True, False, marks=pytest.mark.slow),
     ],
 )
 def test_derivatives_along_directions(name, kept, rows, bias, monkeypatch):
@@ -464,7 +469,7 @@ def test_programs_are_the_same_text_in_every_process():
     assert hex(id(structure))[2:] not in one
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=settings.default.max_examples // 3, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 60), st.booleans())
 def test_random_chains_agree(seed, tokens, rows):
     structure = random_chain(np.random.default_rng(seed))

@@ -12,9 +12,12 @@ EXAMPLES = [
     for name in sl.structure_names()
     for shape, options in sl.structure_class(name).examples[-2:]
 ]  # fmt: skip
+LAST = [(name, *sl.structure_class(name).examples[-1]) for name in sl.structure_names()]
 
 
-@pytest.mark.parametrize(("name", "shape", "options"), EXAMPLES)
+@pytest.mark.parametrize(
+    ("name", "shape", "options"), [e if e in LAST else pytest.param(*e, marks=pytest.mark.slow) for e in EXAMPLES]
+)
 def test_products_under_transformations(name, shape, options):
     A = sl.structure_class(name).random(shape, seed=0, backend="jax", dtype="float64", **options)
     dense = A.structure.dense([np.asarray(f) for f in A.factors])

@@ -72,6 +72,7 @@ def texts(monkeypatch):
     return found
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("name", TARGETS)

@@ -104,27 +104,29 @@ def chain_of(structure, rows=True, block=None):
     return FusedChain(structure.steps, structure.sizes, structure.d_in, structure.d_out, rows, block=block)
 
 
+@pytest.mark.covering(2)
+@pytest.mark.parametrize("size", [1, 7, 17, 36, 200])
 @pytest.mark.parametrize("rows", [True, False], ids=["rows", "columns"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_blocks_of_any_size(name, dtype, rows):
+def test_blocks_of_any_size(name, dtype, rows, size):
     """Whether or not the rows of a tile divide them."""
     structure = STRUCTURES[name]
     x, gy, factors, wanted = whole_problem(structure, dtype, 101)
     turned = (lambda t: t) if rows else (lambda t: t.mT.contiguous())
-    for size in (1, 7, 17, 36, 200):
-        chain = chain_of(structure, rows, size)
-        program = chain.program(dtype)
-        if program is None:
-            assert dtype in ("bfloat16", "float16")
-            assert not rows
-            return
-        assert size <= program.block < size + (2 if rows else 16)
-        found = both_passes(chain, turned(x), turned(gy), factors)
-        for k, (got, exact) in enumerate(zip(found, wanted, strict=True)):
-            close(turned(got) if k < 2 else got, exact, dtype)
+    chain = chain_of(structure, rows, size)
+    program = chain.program(dtype)
+    if program is None:
+        assert dtype in ("bfloat16", "float16")
+        assert not rows
+        return
+    assert size <= program.block < size + (2 if rows else 16)
+    found = both_passes(chain, turned(x), turned(gy), factors)
+    for k, (got, exact) in enumerate(zip(found, wanted, strict=True)):
+        close(turned(got) if k < 2 else got, exact, dtype)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("field", ["vectors", "block", "sums", "sums_block", "factors", "factors_block"])
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_limits_change_no_result(name, field, monkeypatch):
@@ -158,6 +160,7 @@ COPIES = {  # of low rank and tensor trains no activation is read at a distance,
 }
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", EXCHANGED)

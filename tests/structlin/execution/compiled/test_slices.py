@@ -73,6 +73,7 @@ def close(found, expected, dtype):
     assert (found.double() - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("kept", [0, 48, TOKENS])
 @pytest.mark.parametrize("rows", [True, False], ids=["rows", "columns"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -129,7 +130,7 @@ def test_threads(kept, most, monkeypatch):
         torch.testing.assert_close(one, two, rtol=1e-13, atol=1e-13)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None)
 @given(sizes=st.fixed_dictionaries({a: st.integers(1, 9) for a in "pafre"}), tokens=st.integers(1, 70))
 def test_any_sizes(sizes, tokens):
     structure, factors, x, gy, bias = problem(CHAINS["two"][0], sizes, torch.float64, tokens)

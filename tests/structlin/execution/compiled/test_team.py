@@ -61,7 +61,14 @@ def test_torchs_own_threads_are_taken(monkeypatch):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("setting", [{"OMP_THREAD_LIMIT": "1"}, {"OMP_DYNAMIC": "true"}, {"OMP_NUM_THREADS": "3"}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"OMP_THREAD_LIMIT": "1"},
+        pytest.param({"OMP_DYNAMIC": "true"}, marks=pytest.mark.slow),
+        pytest.param({"OMP_NUM_THREADS": "3"}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_team_may_be_smaller(setting):
     code = f"""
 import sys, torch
