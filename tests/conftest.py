@@ -6,6 +6,7 @@ import runpy
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -47,26 +48,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as slow what the design of the fast tests leaves out of a product of parameters.
 
     A function marked ``covering(n)`` keeps a subset in which every ``n`` values of different parameters that occur
-    together anywhere do so. It is chosen greedily; of equally good cases that whose values and pairs of values have
-    been taken least.
+    together anywhere do so.
     """
     functions: dict[str, list[Any]] = {}
     for item in items:
         if item.get_closest_marker("covering") and not item.get_closest_marker("slow"):
             functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for cases in functions.values():
-        values = {case: tuple(enumerate(case.callspec._idlist)) for case in cases}  # one for each parametrize
-        strength = min(cases[0].get_closest_marker("covering").args[0], len(values[cases[0]]))
-        groups = {case: set(combinations(values[case], strength)) for case in cases}
-        counted = {case: [c for n in (1, 2) for c in combinations(values[case], n)] for case in cases}
-        missing, taken = set().union(*groups.values()), Counter()
-        while missing:
-            best = max(cases, key=lambda case: (len(groups[case] & missing), -sum(taken[c] for c in counted[case])))
-            cases.remove(best)
-            missing -= groups[best]
-            taken.update(counted[best])
-        for case in cases:
-            case.add_marker(pytest.mark.slow)
+        values = [tuple(case.callspec._idlist) for case in cases]  # one for each parametrize
+        kept = covered(values, cases[0].get_closest_marker("covering").args[0])
+        for number, case in enumerate(cases):
+            if number not in kept:
+                case.add_marker(pytest.mark.slow)
+
+
+def covered(cases: Sequence[tuple[str, ...]], strength: int) -> set[int]:
+    """Return the numbers of cases in which all combinations of ``strength`` values occur, chosen greedily.
+
+    Of equally good cases, it takes the one whose values and pairs of values have been taken least.
+    """
+    places = [tuple(enumerate(case)) for case in cases]
+    strength = min(strength, len(cases[0]))
+    groups = [set(combinations(case, strength)) for case in places]
+    counted = [[c for n in (1, 2) for c in combinations(case, n)] for case in places]
+    left, missing, taken = list(range(len(cases))), set[Any]().union(*groups), Counter[Any]()
+    while missing:
+        best = max(left, key=lambda case: (len(groups[case] & missing), -sum(taken[c] for c in counted[case])))
+        left.remove(best)
+        missing -= groups[best]
+        taken.update(counted[best])
+    return set(range(len(cases))) - set(left)
 
 
 def pytest_collection_finish() -> None:
