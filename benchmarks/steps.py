@@ -16,9 +16,9 @@ ratios of each round,
   and temporary memory), also with the policy `-kept`, which stores no hidden features, and of that with parameters and
   the state of AdamW.
 
-MACs are those that structlin counts, attention
-included. `llama` is a model of transformers, which must be installed. `--latency` times single layers for a few tokens
-instead. `--both-allocators` times everything again with a C library that keeps freed memory.
+MACs are those that structlin counts, attention included. `llama` is a model of transformers, which must be installed.
+`--latency` times single layers for a few tokens instead. `--both-allocators` times everything again with a C library
+that keeps freed memory.
 """
 
 from __future__ import annotations

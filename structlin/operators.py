@@ -483,6 +483,15 @@ class RealPart(LinearOperator):
         super().__init__(dtype, A.shape)
         self.device = A.device
 
+    def to(self, device: Any = None, dtype: Any = None) -> LinearOperator:
+        """Return the operator on a device, with its complex arrays in the precision of a real dtype."""
+        dtype = self.dtype if dtype is None else dtype
+        complex_dtype = self.xnp.promote_types(dtype, self.xnp.complex64)
+        moved = self.A.to(device, complex_dtype)
+        found = moved if dtype == complex_dtype else RealPart(moved, dtype)
+        found.annotations = set(self.annotations)
+        return found
+
     def _matmat(self, X: Array) -> Array:
         return self._real(self.A @ X, X)
 
@@ -491,4 +500,10 @@ class RealPart(LinearOperator):
 
     @staticmethod
     def _real(found: Array, X: Array) -> Array:
-        return found if ops(backend_of(X)).is_complex(X) else found.real
+        xp = ops(backend_of(X))
+        if not xp.is_complex(found):  # as after CoLA's `to` of an operator that contains this one
+            raise TypeError(
+                f"the complex arrays of a real operator were converted to {found.dtype}, without their imaginary "
+                "parts; convert the operators from which it was computed"
+            )
+        return found if xp.is_complex(X) else found.real

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from cola.annotations import SelfAdjoint
+from cola.annotations import PSD, SelfAdjoint
 
 from structlin import _spectra as spectra
 from structlin._arrays import Array
@@ -84,7 +84,8 @@ def _of_members(
         if part.followed:
             middle = middle + _member_derivative(parts, k, numbers, add)
     made = left @ middle @ right
-    if f.real and xp.is_complex(values) and "complex" not in str(A.dtype):
+    real = (f.real or A.isa(PSD)) and "complex" not in str(A.dtype)
+    if real and any(map(xp.is_complex, (values, *(p.vectors for p in parts)))):
         made = RealPart(made, A.dtype)
     moved = lapack(values).stop_gradient(values - settled)
     if hermitian or settled is values or known(abs(moved).sum()) == 0:
@@ -120,6 +121,8 @@ def _unless_refused(good: Array, A: Any, like: Array) -> Any | None:
     if number is not None:
         return A if number else None
     one = like[:, 0] * 0 + 1
+    if isinstance(A, RealPart):
+        one = one.real
     return Diagonal(one + nan_unless(good, one)) @ A
 
 

@@ -46,9 +46,9 @@ def once(method: Method) -> Method:
 
     @wraps(method)
     def found(self: Any, *key: object) -> Any:
-        try:
-            return self.made[method, *key]
-        except KeyError:
-            return self.made.setdefault((method, *key), method(self, *key))
+        name = method, *key
+        if name not in self.made:
+            return self.made.setdefault(name, method(self, *key))
+        return self.made[name]
 
     return cast(Method, found)

@@ -24,7 +24,7 @@ from structlin.execution._guard import addressable, apart, as_kept, guard_of, re
 from structlin.execution.compiled._activations import ACTIVATIONS
 from structlin.execution.compiled._target import CompileError, host, tiled_host, warn_once
 from structlin.execution.compiled.block import BlockProgram, BlockSpec, make_block
-from structlin.execution.compiled.passes import NAMES, Plans, run
+from structlin.execution.compiled.passes import NAMES, run
 from structlin.execution.race import race
 from structlin.execution.rates import clock
 from structlin.execution.torch_ways import torch_chain
@@ -46,7 +46,6 @@ class TorchBlock(BlockSpec):
     """The computation of a block on tensors; see :func:`torch_block`."""
 
     _taken: dict[tuple[Any, ...], str | None] = field(default_factory=dict, init=False, repr=False)
-    _plans: Plans = field(default_factory=Plans, init=False, repr=False)
 
     @cached_property
     def half(self) -> TorchBlock | None:
@@ -211,7 +210,7 @@ class TorchBlock(BlockSpec):
         given = [(F.pad(t, (0, size - len(t))) if size > len(t) else t).to(wide) for t, size in added if t is not None]
         factors = [factor for (_, _, own), _ in parts for factor in own]
         make = program.backward_plan if back else program.forward_plan
-        plan = self._plans.get((dtype, kind, tokens, threads, back, keeps), lambda: make(tokens, threads, keeps))
+        plan = program.plans.get((tokens, threads, back, keeps), lambda: make(tokens, threads, keeps))
         return run(plan, [t.contiguous() for t in (*ends, *given, *factors, *kept)])
 
 

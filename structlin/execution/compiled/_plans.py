@@ -171,6 +171,24 @@ class Plan:
         return grads[0]
 
 
+class Plans:
+    """Plans by what they depend on. At most so many are held, such as those for other numbers of tokens."""
+
+    most = 128
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[object, ...], Plan] = {}
+
+    def get(self, key: tuple[object, ...], make: Callable[[], Plan]) -> Plan:
+        """Return a plan, made if it is not held; if there are too many, the oldest go."""
+        found = self._made.get(key)
+        if found is None:
+            found = self._made[key] = make()
+            for old in list(self._made)[: -self.most]:
+                self._made.pop(old, None)
+        return found
+
+
 def _forward(call: Call) -> Plan:
     chain, tokens, kept = call.chain, call.tokens, call.kept
     program, slices, last = chain.given(call.dtype), chain.front(call.dtype, kept > 0), len(chain.shapes)
@@ -264,8 +282,8 @@ def add(parts: int, element: str, target: Target) -> Callable[..., None]:
 
         return sums
 
-    whole = code.add("%first", code.whole(code.subtract("%last", "%first"), lanes))
-    code.loop("%first", whole, lanes, write(f"<{lanes} x {element}>"))
-    code.loop(whole, "%last", 1, write(element))
+    rest = code.add("%first", code.whole(code.subtract("%last", "%first"), lanes))
+    code.loop("%first", rest, lanes, write(f"<{lanes} x {element}>"))
+    code.loop(rest, "%last", 1, write(element))
     text = code.function("add", "ptr %table, i64 %first, i64 %last, i64 %total", target.attributes)
     return load(text, "add", target, [ctypes.c_void_p, *[ctypes.c_int64] * 3])

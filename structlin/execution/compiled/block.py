@@ -22,7 +22,7 @@ from structlin.execution._kept import once
 from structlin.execution.compiled._emit import Emitter, Memory
 from structlin.execution.compiled._forms import Array, Forms, Key
 from structlin.execution.compiled._ir import Int
-from structlin.execution.compiled._plans import Plan, Spec
+from structlin.execution.compiled._plans import Plan, Plans, Spec
 from structlin.execution.compiled._product import BYTES
 from structlin.execution.compiled._program import NAMES, Program, make_program
 from structlin.execution.compiled._rows import Rows
@@ -96,6 +96,7 @@ class BlockProgram:
         self.inside, self.outside = programs[0].inside, programs[0].outside
         self.row = row_of(spec.d_in, self.inside)
         self.made: dict[tuple[object, ...], Any] = {}  # passes
+        self.plans = Plans()
 
     def forward_plan(self, tokens: int, threads: int, keeps: bool) -> Plan:
         """Return the plan of :meth:`forward`, of x, what is added, and factors: the outputs, and what is stored."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from structlin._parse import Step
 from structlin.execution._memory import advised
-from structlin.execution.compiled._plans import Call, Plan
+from structlin.execution.compiled._plans import Call, Plan, Plans
 from structlin.execution.compiled._rules import ChainRules
 from structlin.execution.compiled._schedule import LINE
 from structlin.execution.compiled._team import run_shares
@@ -122,24 +122,6 @@ def _upright(
         written = step.output
     ends = (math.prod(size[a] for a in axes) for axes in (steps[0].input, written))
     return tuple(s.factor == s.output + s.input for s in steps) if tuple(ends) == (d_in, d_out) else None
-
-
-class Plans:
-    """Plans by what they depend on. At most so many are held, such as those for other numbers of tokens."""
-
-    most = 32
-
-    def __init__(self) -> None:
-        self._made: dict[tuple[object, ...], Plan] = {}
-
-    def get(self, key: tuple[object, ...], make: Callable[[], Plan]) -> Plan:
-        """Return a plan, made if it is not held."""
-        found = self._made.get(key)
-        if found is None:
-            if len(self._made) >= self.most:
-                self._made.clear()
-            found = self._made[key] = make()
-        return found
 
 
 def run(plan: Plan, operands: Sequence[Tensor]) -> list[Tensor]:

@@ -13,6 +13,7 @@ import torch
 import structlin as sl
 from structlin import linalg
 from structlin._arrays import to_backend
+from structlin.linalg._common import in_dtype
 from structlin.testing import to_numpy
 
 BACKENDS = ["numpy", "torch", "jax"]
@@ -235,6 +236,41 @@ def test_real_inverses_have_closed_forms_as_their_operators_have(backend):
     narrow = linalg.inverse(real_composites(*(to_backend(m, backend) for m in real_matrices("float32")))[6])
     np.testing.assert_allclose(to_numpy(linalg.solve(narrow, b)), to_numpy(solution), atol=1e-4)
     assert linalg.solve(narrow, b).dtype == A.dtype
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+def test_symmetric_products_of_skew_members_have_real_functions(backend):
+    """The eigenvalues of the product are real, those of its members are not."""
+    turn = np.array([[0.0, -1.0], [1.0, 0.0]])
+    dense = np.kron(0.5 * turn, 0.7 * turn) + 0.7 * np.eye(4)
+    K = sl.Kronecker(*(to_backend(c * turn, backend) for c in (0.5, 0.7)))
+    b = to_backend(np.arange(8.0), backend)
+    for annotation in (cola.SelfAdjoint, cola.PSD):
+        A = annotation(K + 0.7 * cola.ops.I_like(K))
+        cases = [(linalg.inverse, np.linalg.inv), (linalg.expm, scipy.linalg.expm)]
+        cases += [(linalg.sqrtm, scipy.linalg.sqrtm)] if annotation is cola.PSD else []
+        for function, oracle in cases:
+            found = function(A)
+            assert found.dtype == A.dtype
+            np.testing.assert_allclose(to_numpy(found.to_dense()), oracle(dense), atol=1e-14)
+        solution = linalg.solve(cola.ops.BlockDiag(A, A), b)
+        assert solution.dtype == A.dtype
+        np.testing.assert_allclose(to_numpy(solution), np.linalg.solve(np.kron(np.eye(2), dense), np.arange(8.0)))
+        assert cola.linalg.slogdet(linalg.inverse(A))[0].dtype == A.dtype
+
+
+def test_conversions_of_real_functions_keep_their_values():
+    X = linalg.expm(real_composites(*map(torch.from_numpy, real_matrices()))[0])
+    for dtype, tolerance in ((None, 1e-14), (torch.float64, 1e-14), (torch.float32, 1e-5), (torch.complex128, 1e-14)):
+        moved = X.to("cpu", dtype)
+        assert moved.dtype == (dtype or X.dtype)
+        torch.testing.assert_close(moved.to_dense().to(torch.complex128), X.to_dense() + 0j, atol=tolerance, rtol=0)
+    inside = cola.ops.Kronecker(X, X).to("cpu", torch.float32)  # CoLA converts all arrays
+    with pytest.raises(TypeError, match="without their imaginary parts; convert the operators"):
+        inside.to_dense()
+    kept = in_dtype(cola.SelfAdjoint(X), torch.complex128)
+    assert kept.isa(cola.annotations.SelfAdjoint)
+    assert kept.dtype == torch.complex128
 
 
 def test_roots_of_products_of_nearly_defective_members_are_accurate():

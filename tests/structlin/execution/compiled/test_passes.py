@@ -52,3 +52,22 @@ def test_plain_matrices_by_the_blas(chain, plain, kept, dtype, monkeypatch):
                 tolerance = 5e-3 if dtype == torch.bfloat16 else 1e-13
                 assert (got.double() - exact).norm() < tolerance * exact.norm()
     assert len(taken) == 4 * plain
+
+
+def test_plans_are_held_for_many_numbers_of_tokens_but_not_for_all():
+    if HOST is None:
+        pytest.skip("nothing is compiled here")
+    structure = sl.design("low_rank", (16, 24), rank=4)
+    chain = chain_of(structure).compiled
+    factors = sl.random_factors(structure, seed=1, backend="torch", dtype=torch.float64)
+    plans = chain._plans
+    plans.most = 8
+    for _ in range(2):
+        for tokens in range(1, 21):
+            x = torch.randn(tokens, 24, dtype=torch.float64)
+            torch.testing.assert_close(chain.forward(x, factors), x @ structure.dense(factors).T)
+            assert len(plans._made) <= 8
+    held = dict(plans._made)
+    chain.forward(x, factors)
+    assert len(held) == 8
+    assert plans._made == held  # of the last call, too, no plan is made again
