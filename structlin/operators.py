@@ -9,7 +9,7 @@ of jax or torch.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, ClassVar, Self
 
@@ -485,12 +485,15 @@ class RealPart(LinearOperator):
 
     def to(self, device: Any = None, dtype: Any = None) -> LinearOperator:
         """Return the operator on a device, with its complex arrays in the precision of a real dtype."""
-        dtype = self.dtype if dtype is None else dtype
+        return self.converted(self.dtype if dtype is None else dtype, lambda A, dtype: A.to(device, dtype))
+
+    def converted(self, dtype: Any, convert: Callable[[LinearOperator, Any], LinearOperator]) -> LinearOperator:
+        """Return the operator in a dtype, with ``convert(A, dtype)`` for the complex one in that precision."""
         complex_dtype = self.xnp.promote_types(dtype, self.xnp.complex64)
-        moved = self.A.to(device, complex_dtype)
-        found = moved if dtype == complex_dtype else RealPart(moved, dtype)
-        found.annotations = set(self.annotations)
-        return found
+        made = convert(self.A, complex_dtype)
+        made = made if dtype == complex_dtype else RealPart(made, dtype)
+        made.annotations = set(self.annotations)
+        return made
 
     def _matmat(self, X: Array) -> Array:
         return self._real(self.A @ X, X)

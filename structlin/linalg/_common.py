@@ -186,11 +186,7 @@ def _in_dtype(value: Any, dtype: Any) -> Any:
     if isinstance(value, StructuredOperator):
         return value.to(dtype=dtype)
     if isinstance(value, RealPart):
-        complex_dtype = value.xnp.promote_types(dtype, value.xnp.complex64)
-        found = _in_dtype(value.A, complex_dtype)
-        found = found if dtype == complex_dtype else RealPart(found, dtype)
-        found.annotations = set(value.annotations)
-        return found
+        return value.converted(dtype, _in_dtype)
     if isinstance(value, LinearOperator):
         copy = object.__new__(type(value))
         fields = vars(copy)
