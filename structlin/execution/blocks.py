@@ -8,6 +8,7 @@ or returns None; the caller then runs layer after layer. The faster of the two i
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -221,10 +222,11 @@ TILES = "tiles"  # by tiles, in bfloat16 on processors with AMX
 AUTO = "0"
 # Of passes to be timed: by tokens of a block (0: as many as the caches suggest), or by tiles.
 HALF = "half"  # of an MLP: a pass up to the hidden features, which may store the derivatives; then the second layer
-KINDS = (AUTO, "16", "48", TILES, HALF, "0kept", "16kept", "tileskept", "halfkept")
+KINDS = (AUTO, "16", "48", TILES, HALF, "0kept", "16kept", "48kept", "tileskept", "halfkept")
+WIDE = "48"  # the widest blocks, which read the factors least often
 BUDGET = 0.6  # seconds (:func:`.race.race`)
-# Ways that run a layer as one compiled pass.
-_WHOLE = {"compiled", "compiled-16", "compiled-48", "compiled-tiles", "compiled-tiles-64"}
+# Ways that run both passes of a layer as compiled ones.
+_WHOLE = re.compile(r"compiled(-tiles)?(-\d+|-near)?")
 _failed: set[TorchBlock] = set()
 
 
@@ -341,7 +343,7 @@ class BlockProblem:
         kinds: list[str] = []
         for problem in self._problems():
             way = choice.way_of(problem)
-            if way.name not in _WHOLE:  # backward by the BLAS, or in slices, say
+            if _WHOLE.fullmatch(way.name) is None:  # backward by the BLAS, say
                 return self._half if kinds == [AUTO] * len(self.block.first) else SEPARATE
             kinds.append(TILES if way.name.startswith("compiled-tiles") else AUTO)
         # The best number of tokens of a layer does not apply, because a block has more activations in cache.
@@ -353,13 +355,15 @@ class BlockProblem:
     def close(self) -> list[str]:
         """Return one pass and layer after layer, if the estimate is one pass and a call is not too short to time.
 
-        A pass that stores activations is compared with the one that computes them again and that of a half, too.
+        A pass that stores activations is compared with the one that computes them again and that of a half, too, and a
+        pass without tiles with one in wider blocks.
         """
         name = self.estimate()
         seconds = sum(choice.way_of(problem).seconds(problem) for problem in self._problems())
         if name == SEPARATE or seconds < choice.WORTH:
             return []
-        ways = dict.fromkeys((name, name.removesuffix(KEPT), self._half, SEPARATE))
+        wide = name.replace(f"-{AUTO}", f"-{WIDE}")
+        ways = dict.fromkeys((name, name.removesuffix(KEPT), wide, self._half, SEPARATE))
         return [one for one in ways if one in self.able()]
 
     @property

@@ -188,7 +188,7 @@ def test_a_pass_up_to_the_hidden_features(gated: bool, kind: str, train: bool) -
     torch.testing.assert_close(*(torch.autograd.grad(sum(g.sum() for g in one), x)[0] for one in (first, second)))
 
 
-@pytest.mark.parametrize("size", ["2", "16", "48", "16kept"])
+@pytest.mark.parametrize("size", ["2", "16", "48", "16kept", "48kept"])
 def test_blocks_of_tokens(size: str) -> None:
     check(block_of([btt(24, 40)], btt(40, 24), norm="layer", residual=True), 101, torch.float64, size)
 
@@ -363,7 +363,7 @@ def cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     choice.forget_measured()
 
 
-@pytest.mark.parametrize("way", ["compiled", "compiled-48", "compiled-tiles", "compiled-tiles-64"])
+@pytest.mark.parametrize("way", ["compiled", "compiled-48", "compiled-near", "compiled-tiles", "compiled-tiles-64"])
 def test_the_estimate_keeps_the_instructions_of_the_layers(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """A block runs by tiles if its layers do, in blocks of whatever number of tokens."""
     block = block_of([btt(24, 40)], btt(40, 24))
@@ -371,6 +371,21 @@ def test_the_estimate_keeps_the_instructions_of_the_layers(monkeypatch: pytest.M
     monkeypatch.setattr(choice, "way_of", lambda _: next(w for w in choice.ways("torch") if w.name == way))
     monkeypatch.setattr(BlockProblem, "kinds", lambda self: ["0", "16", "48", "tiles"])
     assert problem.estimate() == ("block-tiles" if "tiles" in way else "block-0")
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("train", [False, True])
+def test_layers_in_slices_are_compared_with_passes_in_several_sizes_of_blocks(
+    monkeypatch: pytest.MonkeyPatch, train: bool
+) -> None:
+    block = block_of([btt(24, 40)], btt(40, 24))
+    problem = BlockProblem(block, "float32", 64, torch.get_num_threads(), train)
+    monkeypatch.setattr(choice, "WORTH", 0.0)
+    monkeypatch.setattr(choice, "way_of", lambda _: next(w for w in choice.ways("torch") if w.name == "compiled-near"))
+    end = "kept" if train else ""
+    passes = dict.fromkeys(f"block-{kind}" for kind in (f"0{end}", "0", f"48{end}", f"half{end}"))
+    assert problem.close() == [*passes, "separate"]
+    assert set(problem.measure(problem.close(), 0.01)) == {*passes, "separate"}
 
 
 @pytest.mark.usefixtures("cache")
@@ -508,7 +523,7 @@ def test_measuring_times_all_answers() -> None:
     operands, x = operands_of(block, torch.float32), torch.randn(50, 24, requires_grad=True)
     found = tuning.tune(lambda: block(x, operands), progress=False)
     (key,) = [key for key in found if key.startswith("block")]
-    kinds = {"0", "16", "48", "0kept", "16kept", "halfkept"}
+    kinds = {"0", "16", "48", "0kept", "16kept", "48kept", "halfkept"}
     assert set(found[key]) == {"separate", *(f"block-{kind}" for kind in kinds)}
     assert all(0 < seconds < 10 for seconds in found[key].values())
 
