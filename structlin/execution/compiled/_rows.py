@@ -87,28 +87,29 @@ class Rows:
         self._map(width, [source, target], [target], lambda a, b: [self.code.value(f"fadd {kind} {a}, {b}")])
 
     def activate(
-        self, name: str, hidden: Sequence[Place], target: Place, width: int, wide: int, slopes: bool = False
+        self, name: str, hidden: Sequence[Place], target: Place, width: int, wide: int, slopes: Place | None = None
     ) -> None:  # fmt: skip
-        """Write the features; ``slopes``: the derivative overwrites the only input of the activation."""
+        """Write the features; ``slopes``: where to write the derivative, if there is one input of the activation."""
 
         def features(first: str, *others: str) -> list[str]:
             value, slope = activation(name, self.emitter, first)
             for other in others:
                 value = self._multiply(value, other)
-            return [value, slope] if slopes else [value]
+            return [value] if slopes is None else [value, slope]
 
-        self._map(width, hidden, [target, *(hidden if slopes else ())], features, [wide])
+        self._map(width, hidden, [target] if slopes is None else [target, slopes], features, [wide])
 
     def slopes(self, name: str, hidden: Place, width: int) -> None:
         """Overwrite the input of the activation by the derivative."""
         self._map(width, [hidden], [hidden], lambda x: activation(name, self.emitter, x)[1:])
 
     def derive(
-        self, name: str, hidden: Sequence[Place], gradient: Place, width: int, wide: Sequence[int]
+        self, name: str, hidden: Sequence[Place], gradient: Place, targets: Sequence[Place], width: int,
+        wide: Sequence[int],
     ) -> None:  # fmt: skip
-        """Overwrite the input of the activation by its gradient, given that of the features; zeros beyond ``width``.
+        """Write the gradients of the inputs of the activation, given that of the features; zeros beyond ``width``.
 
-        If there is one input, its derivative has already overwritten it (:meth:`activate`).
+        ``hidden``: the inputs if there are two, otherwise the derivative (:meth:`activate`).
         """
 
         def gradients(flow: str, slope: str, *others: str) -> list[str]:
@@ -117,7 +118,7 @@ class Rows:
             value, slope = activation(name, self.emitter, slope)
             return [self._multiply(self._multiply(flow, others[0]), slope), self._multiply(flow, value)]
 
-        self._map(width, [gradient, *hidden], hidden, gradients, wide)
+        self._map(width, [gradient, *hidden], targets, gradients, wide)
 
     # -- norms ---------------------------------------------------------------------------------------------------------
 

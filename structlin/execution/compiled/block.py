@@ -269,7 +269,7 @@ class BlockProgram:
                 self._product_rows(emitter, at, frame, number, again, tokens)
             if self.half:
                 if not kept and len(self.first) == 1 and spec.activation is not None:
-                    rows.slopes(spec.activation, frame.hidden_at(at)[0], spec.outputs[0])
+                    rows.slopes(spec.activation, frame.places(at, [frame.slope])[0], spec.outputs[0])
                 self._derive(rows, at, frame, even)
             for number, program in reversed(list(enumerate(self.programs))):
                 last = len(program.schedule.forward)
@@ -278,7 +278,7 @@ class BlockProgram:
                     self._flow(emitter, at, frame, number, at(gy), program.strides[1], even)
                     bias = at(gy), program.strides[1]
                 else:
-                    source = at(frame.arrays[number]["state", last, "plain"])
+                    source = at(frame.arrays[number]["flow", last, "plain"])
                     self._flow(emitter, at, frame, number, source, program.schedule.rows[last], even, there=True)
                     bias = source, program.schedule.rows[last]
                 if (total := frame.bias_sums[number]) is not None:
@@ -299,16 +299,19 @@ class BlockProgram:
         return writer.compile(body, [frame.x, *frame.ends, *frame.kept.values()], [frame.gx], operations)
 
     def _keep(self, emitter: Emitter, at: At, frame: _Frame, number: int) -> None:
-        """Copy the activations of a chain that the backward pass reads."""
+        """Copy the activations of a chain that the backward pass reads, unless they were written to their places."""
         schedule = self.programs[number].schedule
-        for (_, k), kept in frame.kept_of(number):
+        for (_, k), kept in frame.copied_of(number):
             row, source = schedule.rows[k], at(frame.arrays[number]["state", k, "plain"])
             emitter.copy(source, row, at(kept), row, *(schedule.widths[k],) * 2)
 
     def _restore(self, emitter: Emitter, at: At, frame: _Frame, number: int, even: bool) -> None:
-        """Copy the activations of a chain that are kept to scratch memory, in all forms that products read."""
+        """Copy the activations of a chain that are kept to scratch memory, in all forms that products read.
+
+        Those that were written to their places are read from there.
+        """
         program, schedule = self.programs[number], self.programs[number].schedule
-        for (_, k), kept in frame.kept_of(number):
+        for (_, k), kept in frame.copied_of(number):
             row, width = schedule.rows[k], schedule.widths[k]
             for array in frame.forms[number].of(frame.arrays[number], "state", k):
                 emitter.copy(at(kept), row, at(array), row, width, width, even)
@@ -376,15 +379,16 @@ class BlockProgram:
     def _activate(self, rows: Rows, at: At, frame: _Frame, even: bool = False, slopes: bool = False) -> None:
         """Compute the hidden features from the outputs of the first chains.
 
-        ``slopes``: the derivative overwrites the output, if there is one.
+        ``slopes``: write the derivative, if there is one output.
         """
         assert self.spec.activation is not None
-        hidden, (target, row) = frame.hidden_at(at), frame.features
+        hidden, (target, row) = frame.places(at, frame.hidden), frame.features
         width = wide = self.spec.outputs[0]  # of a half
         if self.second is not None:
             width, wide = self.second.d_in, self.second.schedule.widths[0]
-        slopes = slopes and len(hidden) == 1  # otherwise the gradients are computed from all of them
-        rows.activate(self.spec.activation, hidden, (at(target), row), width, wide, slopes)
+        # Of two outputs the gradients are computed from both of them.
+        (slope,) = frame.places(at, [frame.slope]) if slopes and len(hidden) == 1 else (None,)
+        rows.activate(self.spec.activation, hidden, (at(target), row), width, wide, slope)
         if self.second is None:
             return
         number = len(self.first)
@@ -393,18 +397,19 @@ class BlockProgram:
         self._copies(rows.emitter, at, frame, number, "state", 0, at(target), row, even, there=True)
 
     def _derive(self, rows: Rows, at: At, frame: _Frame, even: bool) -> None:
-        """Overwrite the outputs of the first chains by their gradients."""
+        """Write the gradients of the outputs of the first chains."""
         assert self.spec.activation is not None
-        hidden = frame.hidden_at(at)
+        hidden = frame.places(at, frame.hidden if len(self.first) == 2 else [frame.slope])
+        targets = frame.places(at, frame.flows)
         wide = [program.schedule.widths[-1] for program in self.first]
         if self.second is None:
             gradient, row, size = at(frame.ends[0]), *self.spec.outputs * 2
         else:
             gradient = at(frame.arrays[len(self.first)]["flow", 0, "plain"])
             row, size = self.second.schedule.rows[0], self.second.d_in
-        rows.derive(self.spec.activation, hidden, (gradient, row), size, wide)
+        rows.derive(self.spec.activation, hidden, (gradient, row), targets, size, wide)
         if even:
-            for (memory, row), width in zip(hidden, wide, strict=True):
+            for (memory, row), width in zip(targets, wide, strict=True):
                 rows.clear(memory, row, width)
 
     def _leave(self, rows: Rows, at: At, frame: _Frame) -> None:
@@ -453,24 +458,32 @@ class _Frame:
             self.bias_sums = [writer.whole(inside) if there else None for there in spec.biases]
             for program in block.programs:
                 self.sums.append({k: writer.whole(inside) for k in range(len(program.shapes))})
-        # Strides from row to row as in scratch memory.
+        # Strides from row to row are those of scratch memory, so products write and read what has the same dtype.
         rows = zip(block.stored(), block.stored_rows(), strict=True) if kept else ()
         self.kept = {key: writer.rows(outside, row) for key, row in rows}
+        self.direct = self.kept if inside == outside else {}
         self.held = writer.take(block.row, inside)
         self.arrays: list[dict[Key, Array]] = []
-        self.hidden: list[tuple[Array, int]] = []
+        self.hidden: list[tuple[Array, int]] = []  # outputs of the first chains, with the numbers of a row
+        self.flows: list[tuple[Array, int]] = []  # their gradients
         for number, program in enumerate(block.programs):
-            given: dict[Key, Array] = {}
+            given: dict[Key, Array] = {("state", k, "plain"): a for (n, k), a in self.direct.items() if n == number}
             last, hidden = len(program.schedule.forward), block._hidden(program)
             if program is not block.second and block._direct(program):
                 given["state", 0, "plain"] = self.held
-            if hidden:  # its gradient is written where it was
-                row = program.schedule.rows[last]
-                given["state", last, "plain"] = given["flow", last, "plain"] = writer.take(row, inside)
-                self.hidden.append((given["state", last, "plain"], row))
+            if hidden:
+                row, place = program.schedule.rows[last], self.direct.get((number, last))
+                alone = block.half and len(spec.first) == 1  # the derivative is kept
+                state = writer.take(row, inside) if place is None or alone else place
+                # The gradient is written where the output was, unless that is kept.
+                flow = writer.take(row, inside) if backward and state is place else state
+                given["state", last, "plain"], given["flow", last, "plain"] = state, flow
+                self.hidden.append((state, row))
+                self.flows.append((flow, row))
+                self.slope = flow if place is None or not alone else place, row
             if program is block.second:
                 row = program.schedule.rows[0]
-                one = len(self.hidden) == 1 and not backward and row == self.hidden[0][1]
+                one = len(self.hidden) == 1 and not backward and not self.direct and row == self.hidden[0][1]
                 features = self.hidden[0][0] if one else writer.take(row, inside)
                 self.features = features, row
                 given["state", 0, "plain"] = features
@@ -482,13 +495,14 @@ class _Frame:
         if block.half:
             self.features = self.ends[0], spec.outputs[0]
 
-    def hidden_at(self, at: At) -> list[tuple[Memory, int]]:
-        """Return the outputs of the first chains, with the numbers of a row."""
-        return [(at(array), row) for array, row in self.hidden]
+    def places(self, at: At, arrays: Sequence[tuple[Array, int]]) -> list[tuple[Memory, int]]:
+        """Return where the parts of a block start, with the numbers of a row."""
+        return [(at(array), row) for array, row in arrays]
 
-    def kept_of(self, number: int) -> list[tuple[tuple[int, int], Array]]:
-        """Return the arrays outside of scratch memory that hold activations of a chain."""
-        return [(key, array) for key, array in self.kept.items() if key[0] == number]
+    def copied_of(self, number: int) -> list[tuple[tuple[int, int], Array]]:
+        """Return the arrays outside of scratch memory to and from which activations of a chain are copied."""
+        kept = {} if self.direct else self.kept
+        return [(key, array) for key, array in kept.items() if key[0] == number]
 
 
 @lru_cache(maxsize=32)

@@ -159,6 +159,19 @@ def test_projections_of_one_input(dtype: torch.dtype) -> None:
     check(block_of(first[1:], None, biases=(False, True)), 3, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["0kept", "halfkept"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_second_backward_pass_gives_the_same_gradients(gated: bool, kind: str, dtype: torch.dtype) -> None:
+    """Activations that the forward pass has stored are read, and not written."""
+    block = block_of([btt(24, 40)] * (1 + gated), btt(40, 24), norm="layer", affine=(True, True), residual=True)
+    operands, x = operands_of(block, dtype), torch.randn(101, 24, dtype=dtype, requires_grad=True)
+    wanted = [x, *(t.requires_grad_() for t in operands if t is not None)]
+    (y,) = block.by_pass(kind, x, operands, True)
+    first, second = (torch.autograd.grad(y, wanted, torch.ones_like(y), retain_graph=True) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("kind", "train"), [("half", False), ("half", True), ("halfkept", True)])
 def test_a_pass_up_to_the_hidden_features(gated: bool, kind: str, train: bool) -> None:
