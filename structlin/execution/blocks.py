@@ -61,7 +61,7 @@ class TorchBlock(BlockSpec):
         if target is None or dtype not in NAMES or not all(s.steps for s in self.structures):
             return None
         if kind.startswith(HALF):
-            return None if self.half is None or self.half in _failed else self.half.program(dtype)
+            return None if self.half is None or self.half in _failed else self.half.program(dtype, _first(kind))
         if (TILES in kind and dtype is not torch.bfloat16) or (KEPT in kind and self.activation is None):
             return None
         block = kind.removesuffix(KEPT)
@@ -147,7 +147,7 @@ class TorchBlock(BlockSpec):
         assert half is not None
         *of, (second, bias, factors) = self._by_structure(rest)
         first = [weight, shift, *(b for _, b, _ in of), *(f for _, _, fs in of for f in fs)]
-        (h,) = half.by_pass(AUTO + kind.removeprefix(HALF), x, first, train)
+        (h,) = half.by_pass(_first(kind), x, first, train)
         y = torch_chain(second)(h, factors, bias)
         return (y + x,) if self.residual else (y,)
 
@@ -222,12 +222,21 @@ TILES = "tiles"  # by tiles, in bfloat16 on processors with AMX
 AUTO = "0"
 # Of passes to be timed: by tokens of a block (0: as many as the caches suggest), or by tiles.
 HALF = "half"  # of an MLP: a pass up to the hidden features, which may store the derivatives; then the second layer
-KINDS = (AUTO, "16", "48", TILES, HALF, "0kept", "16kept", "48kept", "tileskept", "halfkept")
+KINDS = (
+    *(AUTO, "16", "48", TILES, HALF, "halftiles"),
+    *("0kept", "16kept", "48kept", "tileskept", "halfkept", "halftileskept"),
+)
 WIDE = "48"  # the widest blocks, which read the factors least often
 BUDGET = 0.6  # seconds (:func:`.race.race`)
 # Ways that run both passes of a layer as compiled ones.
 _WHOLE = re.compile(r"compiled(-tiles)?(-\d+|-near)?")
 _failed: set[TorchBlock] = set()
+
+
+def _first(kind: str) -> str:
+    """Return the kind of the pass up to the hidden features, of one for a half."""
+    found = kind.removeprefix(HALF)
+    return found if TILES in found else AUTO + found
 
 
 class _Differentiable(torch.autograd.Function):
@@ -321,7 +330,7 @@ class BlockProblem:
         """
         dtype = getattr(torch, self.dtype)
         keeps = self.train and KEPT not in choice.policy_of(choice.policy_text()).without
-        able = [k for k in KINDS if (keeps or KEPT not in k) and not (self.train and k == HALF)]
+        able = [k for k in KINDS if (keeps or KEPT not in k) and not (self.train and k in (HALF, HALF + TILES))]
         return [k for k in able if self.block.program(dtype, k) is not None]
 
     def able(self) -> set[str]:
@@ -338,13 +347,14 @@ class BlockProblem:
     def estimate(self) -> str:
         """Return one pass if each layer would run as a compiled pass, because the operations between then cost less.
 
-        If all but the second layer of an MLP would, one for its first half, which has no products by tiles.
+        If all but the second layer of an MLP would, one for its first half.
         """
         kinds: list[str] = []
         for problem in self._problems():
             way = choice.way_of(problem)
             if _WHOLE.fullmatch(way.name) is None:  # backward by the BLAS, say
-                return self._half if kinds == [AUTO] * len(self.block.first) else SEPARATE
+                alike = kinds and kinds == kinds[:1] * len(self.block.first)
+                return self._half(kinds[0]) if alike else SEPARATE
             kinds.append(TILES if way.name.startswith("compiled-tiles") else AUTO)
         # The best number of tokens of a layer does not apply, because a block has more activations in cache.
         kind = max(set(kinds), key=kinds.count)
@@ -362,14 +372,14 @@ class BlockProblem:
         seconds = sum(choice.way_of(problem).seconds(problem) for problem in self._problems())
         if name == SEPARATE or seconds < choice.WORTH:
             return []
-        wide = name.replace(f"-{AUTO}", f"-{WIDE}")
-        ways = dict.fromkeys((name, name.removesuffix(KEPT), wide, self._half, SEPARATE))
+        wide, half = name.replace(f"-{AUTO}", f"-{WIDE}"), self._half(TILES if TILES in name else AUTO)
+        ways = dict.fromkeys((name, name.removesuffix(KEPT), wide, half, SEPARATE))
         return [one for one in ways if one in self.able()]
 
-    @property
-    def _half(self) -> str:
-        """The pass for the first half of an MLP, with stored derivatives if these are allowed."""
-        return next((f"block-{k}" for k in (HALF + KEPT, HALF) if k in self.kinds()), SEPARATE)
+    def _half(self, first: str) -> str:
+        """Return the pass for the first half of an MLP by this kind, with stored derivatives if these are allowed."""
+        half = HALF + first.removeprefix(AUTO)
+        return next((f"block-{k}" for k in (half + KEPT, half) if k in self.kinds()), SEPARATE)
 
     def measure(self, names: list[str] | None = None, budget: float = BUDGET) -> dict[str, float]:
         """Return the seconds of alternatives, by default of all."""

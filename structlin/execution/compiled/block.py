@@ -458,10 +458,12 @@ class _Frame:
             self.bias_sums = [writer.whole(inside) if there else None for there in spec.biases]
             for program in block.programs:
                 self.sums.append({k: writer.whole(inside) for k in range(len(program.shapes))})
-        # Strides from row to row are those of scratch memory, so products write and read what has the same dtype.
+        # Strides from row to row are those of scratch memory, so products write and read what has the same dtype. The
+        # derivative is only written and read by operations on rows, which convert it.
+        alone = block.half and len(spec.first) == 1
         rows = zip(block.stored(), block.stored_rows(), strict=True) if kept else ()
         self.kept = {key: writer.rows(outside, row) for key, row in rows}
-        self.direct = self.kept if inside == outside else {}
+        self.direct = self.kept if inside == outside or alone else {}
         self.held = writer.take(block.row, inside)
         self.arrays: list[dict[Key, Array]] = []
         self.hidden: list[tuple[Array, int]] = []  # outputs of the first chains, with the numbers of a row
@@ -473,7 +475,6 @@ class _Frame:
                 given["state", 0, "plain"] = self.held
             if hidden:
                 row, place = program.schedule.rows[last], self.direct.get((number, last))
-                alone = block.half and len(spec.first) == 1  # the derivative is kept
                 state = writer.take(row, inside) if place is None or alone else place
                 # The gradient is written where the output was, unless that is kept.
                 flow = writer.take(row, inside) if backward and state is place else state

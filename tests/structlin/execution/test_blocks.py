@@ -404,7 +404,7 @@ def test_layers_in_slices_are_compared_with_passes_in_several_sizes_of_blocks(
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("train", [False, True])
 def test_a_half_is_timed_if_only_the_first_layer_is_compiled(monkeypatch: pytest.MonkeyPatch, train: bool) -> None:
-    """Only beside passes that can run; layers by tiles are not replaced by a half, which has none."""
+    """Only beside passes that can run: a half by tiles, for layers by tiles, cannot run in float32."""
     block = block_of([btt(24, 40)], btt(40, 24))
     problem = BlockProblem(block, "float32", 64, torch.get_num_threads(), train)
     ways = {way.name: way for way in choice.ways("torch")}

@@ -218,9 +218,30 @@ def test_whole_blocks(name, tokens, tiles):
     assert wrong_by_of_block(block, tokens) < 0.02
     kinds = blocks.BlockProblem(block, "bfloat16", 64, 1, True).kinds()
     assert "tiles" in kinds
-    assert ("tileskept" in kinds) == (second is not None)
+    assert ("tileskept" in kinds) == ("halftileskept" in kinds) == (second is not None)
     if second is not None:
         assert wrong_by_of_block(block, tokens, "tileskept") < 0.02
+        assert block.program(torch.bfloat16, "halftileskept") is block.half.program(torch.bfloat16, "tiles")
+        for kind in ("tiles", "tileskept"):
+            assert wrong_by_of_block(block.half, tokens, kind) < 0.02
+
+
+def test_halves_by_tiles(tiles, monkeypatch):
+    """They are compared with the layers and with other passes by tiles, and run by autograd."""
+    block = blocks.torch_block((STRUCTURES["btt4"],), STRUCTURES["btt4"].transpose(), "gelu", (True, True))
+    problem = blocks.BlockProblem(block, "bfloat16", 64, 1, True)
+    by_tiles = next(way for way in choice.ways("torch") if way.name == "compiled-tiles")
+    monkeypatch.setattr(choice, "WORTH", 0.0)
+    monkeypatch.setattr(choice, "way_of", lambda _: by_tiles)
+    assert problem.close() == ["block-tileskept", "block-tiles", "block-halftileskept", "separate"]
+    x = torch.randn(50, 192).bfloat16().requires_grad_()
+    operands = [None, None, *(torch.randn(s.d_out).bfloat16() for s in block.structures)]
+    operands += [(torch.randn(f.shape) / f.fan_in**0.5).bfloat16() for s in block.structures for f in s.factors]
+    (y,) = block.by_pass("halftileskept", x, operands, True)
+    (expected,) = block.by_pass("tiles", x, operands, True)
+    (g,), (gx,) = (torch.autograd.grad(out, x, torch.ones_like(out)) for out in (y, expected))
+    assert ((y - expected).float().norm() / expected.float().norm()).item() < 0.02
+    assert ((g - gx).float().norm() / gx.float().norm()).item() < 0.02
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
