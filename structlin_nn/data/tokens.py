@@ -237,7 +237,7 @@ def _starts(tokens: np.ndarray, block_size: int, number: int, key: list[int]) ->
 
 def _pieces(tokens: np.ndarray, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     rows = np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int64)
-    return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
+    return rows[:, :-1].copy(), rows[:, 1:].copy()  # a single row would be contiguous, and shared by both
 
 
 def _check_tokens(tokens: Any) -> np.ndarray:

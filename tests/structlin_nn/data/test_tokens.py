@@ -222,6 +222,7 @@ class TestEvaluation:
         for x, y in itertools.chain(*parts):
             assert (y - x)[y != IGNORE].tolist() == [1] * int((y != IGNORE).sum())
             assert world > 1 or (y != IGNORE).all()
+            assert (x >= 0).all()  # inputs of rows that only fill a batch are tokens, too
 
     @settings(deadline=None, max_examples=40)
     @given(st.integers(1, 30), st.integers(1, 4), st.integers(1, 4))
