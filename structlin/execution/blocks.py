@@ -334,8 +334,13 @@ class BlockProblem:
         return [k for k in able if self.block.program(dtype, k) is not None]
 
     def able(self) -> set[str]:
-        """Return layer after layer, and the passes of :meth:`kinds`."""
-        return {SEPARATE, *(f"block-{kind}" for kind in self.kinds())}
+        """Return the passes of :meth:`kinds`, and layer after layer.
+
+        Separate layers of an MLP store the hidden features, so the policy ``-kept`` excludes them where a pass can run.
+        """
+        passes, without = {f"block-{kind}" for kind in self.kinds()}, choice.policy_of(choice.policy_text()).without
+        stores = self.train and self.block.activation is not None
+        return passes if passes and stores and KEPT in without else {SEPARATE, *passes}
 
     def _problems(self) -> list[choice.Problem]:
         """Return the problem of each layer."""

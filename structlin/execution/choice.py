@@ -471,7 +471,8 @@ def settle(question: Alternatives) -> str:
         if not timed and policy.mode == "measure":
             timed = wisdom.write(key, question.measure())
         if KEPT in policy.without:
-            timed = {one: seconds for one, seconds in timed.items() if not one.endswith(KEPT)}
+            able = question.able()
+            timed = {one: seconds for one, seconds in timed.items() if one in able}
         if not timed and policy.mode == "compare" and (close := question.close()):
             timed = record_of(key, close, lambda: question.measure(close, QUICK))
         name = min(timed, key=lambda one: timed[one]) if timed else question.estimate()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -496,6 +497,14 @@ def test_choices_without_stored_activations() -> None:
     finally:
         choice._pinned.clear()
         choice.forget()
+    wisdom.write(problem.key, times | {"separate": 0.5})
+    choice.forget()
+    with execution.using("measure,-kept"):
+        assert choice.settle(problem) == "block-0"  # separate layers store the hidden features
+    inference = replace(problem, train=False)
+    wisdom.write(inference.key, {"separate": 0.5, "block-0": 1.0})
+    with execution.using("measure,-kept"):
+        assert choice.settle(inference) == "separate"
     wisdom.write(problem.key, times)
     choice.forget()
     with execution.using("measure"):
