@@ -222,11 +222,9 @@ TILES = "tiles"  # by tiles, in bfloat16 on processors with AMX
 AUTO = "0"
 # Of passes to be timed: by tokens of a block (0: as many as the caches suggest), or by tiles.
 HALF = "half"  # of an MLP: a pass up to the hidden features, which may store the derivatives; then the second layer
-KINDS = (
-    *(AUTO, "16", "48", TILES, HALF, "halftiles"),
-    *("0kept", "16kept", "48kept", "tileskept", "halfkept", "halftileskept"),
-)
 WIDE = "48"  # the widest blocks, which read the factors least often
+_PLAIN = (AUTO, "16", WIDE, TILES, HALF, HALF + TILES)
+KINDS = (*_PLAIN, *(kind + KEPT for kind in _PLAIN))
 BUDGET = 0.6  # seconds (:func:`.race.race`)
 # Ways that run both passes of a layer as compiled ones.
 _WHOLE = re.compile(r"compiled(-tiles)?(-\d+|-near)?")
@@ -234,7 +232,7 @@ _failed: set[TorchBlock] = set()
 
 
 def _first(kind: str) -> str:
-    """Return the kind of the pass up to the hidden features, of one for a half."""
+    """Return the kind of the pass over the first half, for a kind of the whole."""
     found = kind.removeprefix(HALF)
     return found if TILES in found else AUTO + found
 
@@ -330,13 +328,14 @@ class BlockProblem:
         """
         dtype = getattr(torch, self.dtype)
         keeps = self.train and KEPT not in choice.policy_of(choice.policy_text()).without
-        able = [k for k in KINDS if (keeps or KEPT not in k) and not (self.train and k in (HALF, HALF + TILES))]
+        able = [k for k in KINDS if (keeps or KEPT not in k) and not (self.train and HALF in k and KEPT not in k)]
         return [k for k in able if self.block.program(dtype, k) is not None]
 
     def able(self) -> set[str]:
         """Return the passes of :meth:`kinds`, and layer after layer.
 
-        Separate layers of an MLP store the hidden features, so the policy ``-kept`` excludes them where a pass can run.
+        Separate layers of an MLP store the hidden features, so the policy ``-kept`` excludes them if a pass can run. An
+        estimate can still be separate layers.
         """
         passes, without = {f"block-{kind}" for kind in self.kinds()}, choice.policy_of(choice.policy_text()).without
         stores = self.train and self.block.activation is not None
@@ -358,8 +357,8 @@ class BlockProblem:
         for problem in self._problems():
             way = choice.way_of(problem)
             if _WHOLE.fullmatch(way.name) is None:  # backward by the BLAS, say
-                alike = kinds and kinds == kinds[:1] * len(self.block.first)
-                return self._half(kinds[0]) if alike else SEPARATE
+                whole = len(kinds) == len(self.block.first) and len(set(kinds)) == 1
+                return self._half(kinds[0]) if whole else SEPARATE
             kinds.append(TILES if way.name.startswith("compiled-tiles") else AUTO)
         # The best number of tokens of a layer does not apply, because a block has more activations in cache.
         kind = max(set(kinds), key=kinds.count)

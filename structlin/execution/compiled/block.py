@@ -458,8 +458,8 @@ class _Frame:
             self.bias_sums = [writer.whole(inside) if there else None for there in spec.biases]
             for program in block.programs:
                 self.sums.append({k: writer.whole(inside) for k in range(len(program.shapes))})
-        # Strides from row to row are those of scratch memory, so products write and read what has the same dtype. The
-        # derivative is only written and read by operations on rows, which convert it.
+        # Rows have the strides of scratch memory, so products write and read activations of the same dtype in place.
+        # Only operations on rows use the derivative, and they convert it.
         alone = block.half and len(spec.first) == 1
         rows = zip(block.stored(), block.stored_rows(), strict=True) if kept else ()
         self.kept = {key: writer.rows(outside, row) for key, row in rows}

@@ -400,6 +400,9 @@ def test_layers_in_slices_are_compared_with_passes_in_several_sizes_of_blocks(
     passes = dict.fromkeys(f"block-{kind}" for kind in (f"0{end}", "0", f"48{end}", f"half{end}"))
     assert problem.close() == [*passes, "separate"]
     assert set(problem.measure(problem.close(), 0.01)) == {*passes, "separate"}
+    if train:
+        with execution.using("-kept"):
+            assert problem.close() == ["block-0", "block-48"]
 
 
 @pytest.mark.usefixtures("cache")
