@@ -80,7 +80,7 @@ class TorchBlock(BlockSpec):
         elif self.norm == "rms":
             h = F.rms_norm(x, x.shape[1:], weight, self.eps)
         found: list[Tensor] = []
-        for number, (structure, bias, factors) in enumerate(self._by_structure(rest)):
+        for number, (structure, bias, factors) in enumerate(self.by_structure(rest)):
             if number == len(self.first):
                 h, found = self._features(found), []
             found.append(run(structure, h, factors, bias))
@@ -96,7 +96,7 @@ class TorchBlock(BlockSpec):
             h = h * other
         return h
 
-    def _by_structure(
+    def by_structure(
         self, operands: Sequence[Tensor | None]
     ) -> Iterator[tuple[Structure, Tensor | None, list[Tensor]]]:  # fmt: skip
         """Yield each structure with its bias and its factors."""
@@ -108,9 +108,9 @@ class TorchBlock(BlockSpec):
     def plain(self, x: Tensor, operands: Sequence[Tensor | None]) -> bool:
         """Whether all operands have the right shapes and dtypes, and memory that may be read by address."""
         weight, shift, *rest = operands
-        if watched() or x.ndim != 2 or x.shape[1] != self.first[0].d_in or not len(x):
+        if x.ndim != 2 or x.shape[1] != self.first[0].d_in or not len(x):
             return False
-        for structure, bias, factors in self._by_structure(rest):
+        for structure, bias, factors in self.by_structure(rest):
             if not guard_of(structure).plain(x, factors if bias is None else [*factors, bias]):
                 return False
         return all(
@@ -119,56 +119,71 @@ class TorchBlock(BlockSpec):
 
     def __call__(self, x: Tensor, operands: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:
         """Return the outputs, differentiable any number of times, or None if the layers must run one by one."""
-        if not self.plain(x, operands):
+        if watched() or not self.plain(x, operands):
             return None
-        train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *operands))
-        kind = self._kind(x, train)
+        train = trains(x, operands)
+        kind = self.kind(x.dtype, len(x), train)
         if kind is None:
             return None
         try:
             return self.by_pass(kind, x, operands, train)
         except CompileError as error:
-            self._failed(error)
+            self.fail(error)
             return None
 
     def by_pass(self, kind: str, x: Tensor, operands: Sequence[Tensor | None], train: bool) -> tuple[Tensor, ...]:
         """Return the outputs by one pass, or by one for the first half of an MLP and another for its second layer."""
         if kind.startswith(HALF):
-            return self._by_halves(kind, x, operands, train)
+            return self.by_halves(
+                kind, x, operands, lambda half, *which: half.by_pass(*which, train)[0],
+                lambda s, h, factors, bias: torch_chain(s)(h, factors, bias),
+            )  # fmt: skip
         if train:
             found = _Differentiable.apply(self, kind, x, *operands)
             return found if isinstance(found, tuple) else (found,)
         return self.run(x, operands, kind)
 
-    def _by_halves(
-        self, kind: str, x: Tensor, operands: Sequence[Tensor | None], train: bool
+    def by_halves(
+        self, kind: str, x: Tensor, operands: Sequence[Tensor | None],
+        first: Callable[[TorchBlock, str, Tensor, Sequence[Tensor | None]], Tensor], second: Run,
     ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Return the output of an MLP by ``first(half, kind, x, operands)`` and ``second`` for its second layer."""
         half, (weight, shift, *rest) = self.half, operands
         assert half is not None
-        *of, (second, bias, factors) = self._by_structure(rest)
-        first = [weight, shift, *(b for _, b, _ in of), *(f for _, _, fs in of for f in fs)]
-        (h,) = half.by_pass(_first(kind), x, first, train)
-        y = torch_chain(second)(h, factors, bias)
+        *of, (structure, bias, factors) = self.by_structure(rest)
+        h = first(half, _first(kind), x, [weight, shift, *(b for _, b, _ in of), *(f for _, _, fs in of for f in fs)])
+        y = second(structure, h, factors, bias)
         return (y + x,) if self.residual else (y,)
 
-    def _failed(self, error: CompileError) -> None:
+    @property
+    def failed(self) -> bool:
+        """Whether the layers run one after the other, because the compiler has failed."""
+        return self in _failed
+
+    def fail(self, error: CompileError | None = None) -> None:
         """Run layer after layer from now on, because the compiler has failed."""
         _failed.add(self)
         choice.forget()
-        warn_once(error, "A block of a network by torch")
+        if error is not None:
+            warn_once(error, "A block of a network by torch")
 
-    def _kind(self, x: Tensor, train: bool) -> str | None:
+    def kind(self, dtype: torch.dtype, tokens: int, train: bool) -> str | None:
         """Return the pass to run, one of :data:`KINDS`; None: layer after layer is faster."""
-        tokens, threads = choice.bucket(len(x)), torch.get_num_threads()
-        key = x.dtype, tokens, threads, train, choice.own_policy(), choice.generation()
+        tokens, threads = choice.bucket(tokens), torch.get_num_threads()
+        key = dtype, tokens, threads, train, choice.own_policy(), choice.generation()
         if key not in self._taken:
-            problem = BlockProblem(self, str(x.dtype).removeprefix("torch."), tokens, threads, train)
+            problem = BlockProblem(self, str(dtype).removeprefix("torch."), tokens, threads, train)
             taken = SEPARATE if self in _failed or not problem.kinds() else choice.settle(problem)
             kind = taken.split("-")[-1]
             # A pinned pass may be one that this processor does not have.
             self._taken[(*key[:-1], choice.generation())] = kind if kind in problem.kinds() else None
-            return self._kind(x, train)
+            return self.kind(dtype, tokens, train)
         return self._taken[key]
+
+    def stored_rows(self, dtype: torch.dtype, kind: str) -> list[int]:
+        """Return the numbers of a row of each activation that a pass of this kind stores."""
+        program = self.program(dtype, kind) if KEPT in kind else None
+        return [] if program is None else program.stored_rows()
 
     def run(
         self, x: Tensor, operands: Sequence[Tensor | None], kind: str = "0", kept: list[Tensor] | None = None
@@ -205,7 +220,7 @@ class TorchBlock(BlockSpec):
         program = self.program(dtype, kind)
         assert program is not None
         weight, shift, *rest = operands
-        parts, wide = list(zip(self._by_structure(rest), program.programs, strict=True)), program.programs[0].dtype
+        parts, wide = list(zip(self.by_structure(rest), program.programs, strict=True)), program.programs[0].dtype
         added = [(weight, self.d_in), (shift, self.d_in)]
         added += [(bias, p.schedule.widths[-1]) for (_, bias, _), p in parts[: len(self.first) if back else None]]
         given = [(F.pad(t, (0, size - len(t))) if size > len(t) else t).to(wide) for t, size in added if t is not None]
@@ -255,7 +270,7 @@ class _Differentiable(torch.autograd.Function):
         count = len(saved) - len(ctx.kept)
         operands, kept = saved[:count], saved[count:]
         needs = ctx.needs_input_grad[2:]
-        if not torch.is_grad_enabled() and not recording() and block.plain(x, operands):
+        if not torch.is_grad_enabled() and not (recording() or watched()) and block.plain(x, operands):
             plain = all(addressable(g) and g.dtype is x.dtype for g in gradients)
             if plain:
                 try:
@@ -264,11 +279,16 @@ class _Differentiable(torch.autograd.Function):
                     found = block.backward(gradients, x, operands, ctx.kind, kept)
                     return None, None, *(g if need else None for g, need in zip(found, needs, strict=True))
                 except CompileError as error:
-                    block._failed(error)
-        return None, None, *_by_autograd(block, gradients, x, operands, needs)
+                    block.fail(error)
+        return None, None, *by_autograd(block, gradients, x, operands, needs)
 
 
-def _by_autograd(
+def trains(x: Tensor, operands: Sequence[Tensor | None]) -> bool:
+    """Whether gradients of x or of an operand will be needed."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *operands))
+
+
+def by_autograd(
     block: TorchBlock, gradients: Sequence[Tensor], x: Tensor, operands: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor | None]:  # fmt: skip
     """Return the gradients through torch's products, which can be differentiated again."""

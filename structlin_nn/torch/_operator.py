@@ -23,6 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 from structlin._arrays import ops
 from structlin.execution._gradients import chain_gradients, gradient_macs
 from structlin.execution._guard import transforming
+from structlin.execution.token_major import TokenMajor
 from structlin.execution.torch_ways import torch_chain
 from structlin.structure import Structure
 
@@ -54,7 +55,8 @@ def from_text(text: str) -> Structure:
 _TORCH = ops("torch")
 
 
-def _refuse_forward_mode() -> None:
+def refuse_forward_mode() -> None:
+    """Raise NotImplementedError inside of a forward-mode derivative."""
     if torch.autograd.forward_ad._current_level >= 0:  # torch would return a derivative of zero
         raise NotImplementedError("structlin::chain has no forward-mode derivative; call structure.apply instead")
 
@@ -62,7 +64,7 @@ def _refuse_forward_mode() -> None:
 @torch.library.custom_op("structlin::chain", mutates_args=())
 def chain(x: Tensor, factors: list[Tensor], structure: str) -> Tensor:
     """Apply a chain, given as text, to rows: (tokens, d_in) -> (tokens, d_out)."""
-    _refuse_forward_mode()
+    refuse_forward_mode()
     return from_text(structure)._rows(factors, x, _TORCH).contiguous()  # contiguous, as register_fake declares
 
 
@@ -78,7 +80,7 @@ def _(x: Tensor, factors: list[Tensor], structure: str) -> Tensor:
 @torch.library.custom_op("structlin::chain_backward", mutates_args=())
 def chain_backward(gy: Tensor, x: Tensor, factors: list[Tensor], structure: str, needs: list[bool]) -> list[Tensor]:
     """Return the gradients of those of x and the factors for which ``needs`` (x first, then each factor) is True."""
-    _refuse_forward_mode()
+    refuse_forward_mode()
     found = from_text(structure)
     return [g.contiguous() for g in torch_chain(found).backward(gy, x, factors, needs)]
 
@@ -125,6 +127,21 @@ def _double_backward(ctx: Any, outer: list[Tensor]) -> tuple[Any, ...]:
 
 
 chain_backward.register_autograd(_double_backward, setup_context=_keep_all)
+
+
+def graph_product(
+    plan: TokenMajor, text: str, node_tokens: int, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None
+) -> Tensor:
+    """Return (tokens, d_in) -> (tokens, d_out) plus ``bias`` in a graph that is compiled.
+
+    The contraction is one node if that is faster, otherwise the single products, which the compiler can fuse.
+    ``node_tokens``: from how many tokens on a node is faster on a GPU; 0: never.
+    """
+    many = 0 < node_tokens <= x.shape[0] and not torch.compiler.is_exporting() if x.is_cuda else plan.pays_as_node(x)
+    if many and not transforming():
+        y = chain(x, list(factors), text)
+        return y if bias is None else y + bias
+    return plan.single(x, factors, bias) if plan.is_single(x) else plan.structure._rows(factors, x, _TORCH, bias)
 
 
 def _item(x: Tensor, dim: int | None, number: int) -> Tensor:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from structlin.execution._guard import transforming
 from structlin.execution.blocks import torch_block
 from structlin.structure import Structure
 from structlin_nn._text import check_known
+from structlin_nn.torch._block_operator import block_text
 from structlin_nn.torch._modules import check_model
 from structlin_nn.torch.experts import StructuredExperts
 from structlin_nn.torch.linear import StructuredLinear, cast_to, values
@@ -41,8 +43,9 @@ def mlp(
     stored; the backward pass computes them again from ``x``. Under autocast the products run in its dtype, and the norm
     and the sum with ``x`` are not part of the pass.
 
-    The layers run one after the other under ``torch.compile``, export, ``torch.func`` transformations and dispatch
-    modes, if a module has hooks, and for other devices, dtypes and structures.
+    Under ``torch.compile`` the pass is one node of the graph, if it is faster. The layers run one after the other under
+    export, ``torch.func`` transformations and dispatch modes, if a module has hooks, and for other devices, dtypes and
+    structures.
 
     Parameters
     ----------
@@ -70,9 +73,8 @@ def mlp(
     function, autocast, h = _function(activation), torch.is_autocast_enabled("cpu"), x
     if norm is not None and autocast:  # its dtype differs from that of the products, as does that of the sum with x
         h, norm = norm(x), None
-    first, inside, found = [up] if gate is None else [gate, up], residual and not autocast, None
-    if not torch.compiler.is_compiling():
-        found = _one_pass(h, first, down, activation, norm, inside)
+    first, inside = [up] if gate is None else [gate, up], residual and not autocast
+    found = _one_pass(h, first, down, activation, norm, inside)
     if found is not None:
         y = found[0]
     else:
@@ -100,10 +102,9 @@ def projections(x: Tensor, layers: Sequence[nn.Module], norm: nn.Module | None =
     """
     if norm is not None and torch.is_autocast_enabled("cpu"):  # its dtype differs from that of the products
         x, norm = norm(x), None
-    if not torch.compiler.is_compiling():
-        found = _one_pass(x, layers, None, None, norm, False)
-        if found is not None:
-            return found
+    found = _one_pass(x, layers, None, None, norm, False)
+    if found is not None:
+        return found
     h = x if norm is None else norm(x)
     return tuple(layer(h) for layer in layers)
 
@@ -286,8 +287,10 @@ def _one_pass(
     residual: bool,
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
     """Return the outputs if the layers can run as one pass and that is faster; otherwise None."""
-    layers = first if second is None else [*first, second]
+    layers, compiling = first if second is None else [*first, second], torch.compiler.is_compiling()
     if not x.is_cpu or not all(_is_plain(layer) for layer in layers):
+        return None
+    if compiling and (torch.compiler.is_exporting() or transforming()):
         return None
     whole = cast(Sequence[StructuredLinear], layers)
     size = whole[0].in_features
@@ -303,12 +306,8 @@ def _one_pass(
     kind, eps, weight, shift = known
     if kind == "rms" and eps is None:
         eps = torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0
-    structures = tuple(cast(Structure, layer.structure) for layer in whole)
     biases = tuple(layer.bias is not None for layer in whole)
-    block = torch_block(
-        structures[: len(first)], None if second is None else structures[-1], activation, biases, kind, eps or 0.0,
-        (weight is not None, shift is not None), residual,
-    )  # fmt: skip
+    affine = weight is not None, shift is not None
     operands: list[Tensor | None] = [weight, shift, *(layer.bias for layer in whole)]
     for layer in whole:
         operands += values(layer._modules["factors"]) if layer._bare else layer.effective_factors()
@@ -316,8 +315,21 @@ def _one_pass(
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         x, operands = cast_to(x, dtype), [None if t is None else cast_to(t, dtype) for t in operands]
+    rows = x if x.ndim == 2 else x.reshape(math.prod(lead), size)
+    found: tuple[Tensor, ...] | None
     with torch.autocast("cpu", enabled=False):  # operands are cast already, so their memory can be read by address
-        found = block(x if x.ndim == 2 else x.reshape(math.prod(lead), size), operands)
+        if compiling:
+            chains = tuple(layer._text for layer in whole)
+            text = block_text(chains, second is not None, activation, biases, kind, affine, residual)
+            given = [t for t in operands if t is not None]
+            found = tuple(torch.ops.structlin.block(rows, given, text, eps or 0.0))
+        else:
+            structures = tuple(cast(Structure, layer.structure) for layer in whole)
+            last = None if second is None else structures[-1]
+            block = torch_block(
+                structures[: len(first)], last, activation, biases, kind, eps or 0.0, affine, residual
+            )  # fmt: skip
+            found = block(rows, operands)
     if found is None or x.ndim == 2:
         return found
     return tuple(y.reshape(*lead, y.shape[-1]) for y in found)

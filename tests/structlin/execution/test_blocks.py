@@ -464,10 +464,10 @@ def test_the_choice_follows_timings_and_pins() -> None:
     assert choice.decisions()[problem.key] == "separate"
     wisdom.write(problem.key, {"separate": 1.0, "block-0": 0.9, "block-16": 0.3})
     choice.forget()
-    assert block._kind(x, False) == "16"
+    assert block.kind(x.dtype, len(x), False) == "16"
     choice.pin({problem.key: "block-0"})
     try:
-        assert block._kind(x, False) == "0"
+        assert block.kind(x.dtype, len(x), False) == "0"
         assert choice.decisions([block.first[0]])[problem.key] == "block-0"
     finally:
         choice._pinned.clear()
@@ -517,9 +517,9 @@ def test_choices_without_stored_activations() -> None:
     try:
         with execution.using("measure,-kept"):
             assert choice.settle(problem) == "separate"  # a half that stores nothing is not for training
-            assert block._kind(torch.randn(64, 24), True) is None
+            assert block.kind(torch.float32, 64, True) is None
         with execution.using("measure"):
-            assert block._kind(torch.randn(64, 24), True) == "halfkept"
+            assert block.kind(torch.float32, 64, True) == "halfkept"
     finally:
         choice._pinned.clear()
         choice.forget()

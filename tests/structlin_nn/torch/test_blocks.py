@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 
 from structlin import execution
+from structlin.execution import blocks as _execution_blocks
 from structlin.execution import choice
 from structlin_nn.torch import StructuredLinear, StructuredMLP, count, fuse_mlps, mlp, projections, replace_linear
 from structlin_nn.torch import blocks as _blocks
+from structlin_nn.torch._block_operator import block_text
 
 
 def linear(d_in: int, d_out: int, **options: Any) -> StructuredLinear:
@@ -149,6 +153,135 @@ def test_compile_and_export() -> None:
     x = torch.randn(3, 24)
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x))
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+# -- compiled graphs ---------------------------------------------------------------------------------------------------
+
+
+class Graphs:
+    """A compiler that runs graphs as they are, and lists their operators."""
+
+    def __init__(self) -> None:
+        self.forward: list[set[str]] = []
+        self.backward: list[set[str]] = []
+        self.backend = aot_autograd(fw_compiler=self._into(self.forward), bw_compiler=self._into(self.backward))
+
+    def _into(self, found: list[set[str]]) -> Callable[..., Any]:
+        def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
+            found.append({str(node.target) for node in graph.graph.nodes if node.op == "call_function"})
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+
+def compiled_block(**options: Any) -> tuple[Callable[[Tensor], Tensor], list[Tensor], Graphs, Callable[..., Any]]:
+    """Return an MLP, its parameters, the graphs of its compiled form, and that."""
+    up, down, norm = linear(24, 40), linear(40, 24, bias=False), nn.LayerNorm(24)
+    parameters = [*up.parameters(), *down.parameters(), *norm.parameters()]
+
+    def call(x: Tensor) -> Tensor:
+        return mlp(x, up, down, norm=norm, residual=True)
+
+    torch._dynamo.reset()
+    graphs = Graphs()
+    return call, parameters, graphs, torch.compile(call, backend=graphs.backend, fullgraph=True, **options)
+
+
+def agree(call: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], x: Tensor, others: list[Tensor]) -> None:
+    x = x.requires_grad_()
+    found, expected = (torch.autograd.grad(f(x).sin().sum(), [x, *others]) for f in (other, call))
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_graph_runs_the_pass(dynamic: bool) -> None:
+    call, parameters, graphs, compiled = compiled_block(dynamic=dynamic)
+    for tokens in (5, 70, 3) if dynamic else (5,):
+        agree(call, compiled, torch.randn(tokens, 24), parameters)
+        assert len(graphs.forward) == 1
+    agree(call, compiled, torch.randn(0, 24), parameters)
+    assert "structlin.block_pass.default" in graphs.forward[0]
+    assert "structlin.block_backward.default" in graphs.backward[0]
+    assert not any("mm" in name or "gelu" in name or "norm" in name for name in graphs.forward[0] | graphs.backward[0])
+    x = torch.randn(2, 3, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), call(x))
+    assert "structlin.block_pass.default" in graphs.forward[-1]
+
+
+def test_a_compiled_graph_of_projections() -> None:
+    layers = nn.ModuleList([linear(24, size, bias=size > 20) for size in (24, 12, 40)])
+    torch._dynamo.reset()
+    graphs = Graphs()
+
+    def call(x: Tensor) -> Tensor:
+        return torch.cat(projections(x, list(layers)), -1)
+
+    compiled = torch.compile(call, backend=graphs.backend, fullgraph=True)
+    agree(call, compiled, torch.randn(2, 9, 24), list(layers.parameters()))
+    assert "structlin.block_pass.default" in graphs.forward[0]
+
+
+@pytest.mark.parametrize(("way", "node"), [("block-halfkept", True), ("separate", False)])
+def test_a_compiled_graph_follows_the_choice(way: str, node: bool) -> None:
+    call, parameters, graphs, compiled = compiled_block()
+    x = torch.randn(64, 24, requires_grad=True)
+    with choice.recording() as met:
+        call(x)
+    choice.pin({problem.key: way for problem in met if hasattr(problem, "block")})
+    try:
+        agree(call, compiled, x, parameters)
+    finally:
+        choice._pinned.clear()
+        choice.forget()
+    assert ("structlin.block_pass.default" in graphs.forward[0]) == node
+    assert any("mm" in name for name in graphs.forward[0])  # of the second layer, or of both
+
+
+def test_a_compiled_graph_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the pass cannot be compiled any more, its nodes run products of torch."""
+    call, parameters, graphs, compiled = compiled_block()
+    x = torch.randn(6, 24, requires_grad=True)
+    y = compiled(x)
+    expected = torch.autograd.grad(call(x).sum(), [x, *parameters])
+    monkeypatch.setattr(_execution_blocks, "_failed", Everything())
+    for got, want in zip(torch.autograd.grad(y.sum(), [x, *parameters]), expected, strict=True):
+        torch.testing.assert_close(got, want)
+    agree(call, compiled, x, parameters)
+    assert len(graphs.forward) == 1
+
+
+class Everything(set):  # type: ignore[type-arg]
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
+def test_second_derivatives_of_a_compiled_graph() -> None:
+    call, parameters, _, _ = compiled_block()
+    x = torch.randn(6, 24, requires_grad=True)
+
+    def second(f: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(f(x).sin().sum(), [x, *parameters], create_graph=True)
+        return torch.autograd.grad(sum(t.square().sum() for t in first), [x, *parameters])
+
+    found, expected = second(torch.compile(call, backend="eager", fullgraph=True)), second(call)
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_operators_of_blocks_check_their_text_and_operands() -> None:
+    with pytest.raises(ValueError, match="does not describe a block"):
+        torch.ops.structlin.block_pass(torch.ones(2, 3), [], "{}", 0.0, "0", [])
+    up, down = linear(24, 40), linear(40, 24)
+    text = block_text((up._text, down._text), True, "gelu", (True, True), None, (False, False), False)
+    operands = [up.bias, down.bias, *up.factors, *down.factors]
+    with pytest.raises(ValueError, match=r"\(tokens, 24\), got \(2, 3\)"):
+        torch.ops.structlin.block_pass(torch.ones(2, 3), operands, text, 0.0, "0", [])
+    with pytest.raises(ValueError, match="expected"):
+        torch.ops.structlin.block_pass(torch.ones(2, 24), operands[::-1], text, 0.0, "0", [])
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.ops.structlin.block_pass(torch.ones(2, 24), operands, text, 0.0, "0", [])
 
 
 # -- MLPs of other packages --------------------------------------------------------------------------------------------
