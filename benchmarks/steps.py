@@ -175,7 +175,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             for label, model in models.items()
         }  # fmt: skip
         contexts: dict[str, Callable[[], Any]] = dict.fromkeys(calls, nullcontext)
-        if not arguments.compiled:  # a compiled model always runs layer after layer
+        if not arguments.compiled:  # the way of a block is part of a compiled graph
             calls["separate"] = calls["structured"]
             contexts["separate"] = partial(execution.using, f"{arguments.execution},-block")
         around = [contexts[label] for label in calls]

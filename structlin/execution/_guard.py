@@ -8,6 +8,7 @@ torch. So are all operands while a transformation observes or records the single
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from structlin.structure import AbstractStructure
 
@@ -26,7 +28,11 @@ with suppress(ImportError):  # torch.compile's checks in C++; not public, so a v
 
 _PARAMETER = torch.nn.Parameter
 _tracing = torch._C._get_tracing_state
-_compiling = torch.compiler.is_compiling
+_measurements = threading.local()  # .depth: that run in a thread
+
+
+def _compiling() -> bool:
+    return torch.compiler.is_compiling() and not getattr(_measurements, "depth", 0)
 
 
 def recording() -> bool:
@@ -54,13 +60,24 @@ def apart(train: bool, device: str = "cpu") -> Iterator[None]:
     """Run a measurement apart from the call during which it is made.
 
     Neither inference mode nor autocast applies, and hooks on saved tensors, as those of activation checkpoints, do not
-    see the tensors of the measurement. Gradients are recorded if ``train``.
+    see the tensors of the measurement. A compiler that asks for a choice does not record it, and its modes do not see
+    it. Gradients are recorded if ``train``.
     """
     # While hooks are disabled there are none, and none can be set.
     disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None
     hooks = nullcontext() if disabled else torch.autograd.graph.saved_tensors_hooks(_same, _same)
-    with torch.inference_mode(False), torch.set_grad_enabled(train), torch.autocast(device, enabled=False), hooks:
-        yield
+    _measurements.depth = getattr(_measurements, "depth", 0) + 1
+    try:
+        with (
+            _disable_current_modes(),
+            torch.inference_mode(False),
+            torch.set_grad_enabled(train),
+            torch.autocast(device, enabled=False),
+            hooks,
+        ):
+            yield
+    finally:
+        _measurements.depth -= 1
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class TorchBlock(BlockSpec):
         if target is None or dtype not in NAMES or not all(s.steps for s in self.structures):
             return None
         if kind.startswith(HALF):
-            return None if self.half is None or self.half in _failed else self.half.program(dtype, _first(kind))
+            return None if self.half is None or self.half in _failed else self.half.program(dtype, first_kind(kind))
         if (TILES in kind and dtype is not torch.bfloat16) or (KEPT in kind and self.activation is None):
             return None
         block = kind.removesuffix(KEPT)
@@ -134,25 +134,21 @@ class TorchBlock(BlockSpec):
     def by_pass(self, kind: str, x: Tensor, operands: Sequence[Tensor | None], train: bool) -> tuple[Tensor, ...]:
         """Return the outputs by one pass, or by one for the first half of an MLP and another for its second layer."""
         if kind.startswith(HALF):
-            return self.by_halves(
-                kind, x, operands, lambda half, *which: half.by_pass(*which, train)[0],
-                lambda s, h, factors, bias: torch_chain(s)(h, factors, bias),
-            )  # fmt: skip
+            return self._by_halves(kind, x, operands, train)
         if train:
             found = _Differentiable.apply(self, kind, x, *operands)
             return found if isinstance(found, tuple) else (found,)
         return self.run(x, operands, kind)
 
-    def by_halves(
-        self, kind: str, x: Tensor, operands: Sequence[Tensor | None],
-        first: Callable[[TorchBlock, str, Tensor, Sequence[Tensor | None]], Tensor], second: Run,
+    def _by_halves(
+        self, kind: str, x: Tensor, operands: Sequence[Tensor | None], train: bool
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        """Return the output of an MLP by ``first(half, kind, x, operands)`` and ``second`` for its second layer."""
         half, (weight, shift, *rest) = self.half, operands
         assert half is not None
-        *of, (structure, bias, factors) = self.by_structure(rest)
-        h = first(half, _first(kind), x, [weight, shift, *(b for _, b, _ in of), *(f for _, _, fs in of for f in fs)])
-        y = second(structure, h, factors, bias)
+        *of, (second, bias, factors) = self.by_structure(rest)
+        first = [weight, shift, *(b for _, b, _ in of), *(f for _, _, fs in of for f in fs)]
+        (h,) = half.by_pass(first_kind(kind), x, first, train)
+        y = torch_chain(second)(h, factors, bias)
         return (y + x,) if self.residual else (y,)
 
     @property
@@ -246,7 +242,7 @@ _WHOLE = re.compile(r"compiled(-tiles)?(-\d+|-near)?")
 _failed: set[TorchBlock] = set()
 
 
-def _first(kind: str) -> str:
+def first_kind(kind: str) -> str:
     """Return the kind of the pass over the first half, for a kind of the whole."""
     found = kind.removeprefix(HALF)
     return found if TILES in found else AUTO + found
@@ -407,11 +403,15 @@ class BlockProblem:
 
     def measure(self, names: list[str] | None = None, budget: float = BUDGET) -> dict[str, float]:
         """Return the seconds of alternatives, by default of all."""
+        with apart(self.train):
+            return self._measure(names, budget)
+
+    def _measure(self, names: list[str] | None, budget: float) -> dict[str, float]:
         block, kind = self.block, getattr(torch, self.dtype)
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(shape, generator=generator) * scale).to(kind).requires_grad_(self.train)
+            return (torch.randn(shape, generator=generator, device="cpu") * scale).to(kind).requires_grad_(self.train)
 
         x = normal(self.tokens, block.first[0].d_in)
         operands: list[Tensor | None] = [normal(block.first[0].d_in) if there else None for there in block.affine]
@@ -437,12 +437,11 @@ class BlockProblem:
         if names is not None:
             calls = {name: calls[name] for name in names}
         able = {}
-        with apart(self.train):
-            for name, call in calls.items():
-                with suppress(MemoryError, RuntimeError):  # as for ways: it is not chosen
-                    whole(call)
-                    able[name] = partial(whole, call)
-            return race(able, clock(self.threads), budget)
+        for name, call in calls.items():
+            with suppress(MemoryError, RuntimeError):  # as for ways: it is not chosen
+                whole(call)
+                able[name] = partial(whole, call)
+        return race(able, clock(self.threads), budget)
 
 
 @lru_cache(maxsize=128)

@@ -116,12 +116,13 @@ def _call(problem: Problem, way: Way, tokens: int) -> Callable[[], object]:
         wide = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
         return (wide * scale).to(kind).requires_grad_(problem.train)
 
-    factors = [normal(*f.shape, scale=1 / math.sqrt(f.fan_in)) for f in structure.factors]
-    x = normal(*((tokens, structure.d_in) if problem.rows else (structure.d_in, tokens)))
-    bias = normal(structure.d_out) if problem.rows else None
-    given = [x, *factors] if bias is None else [x, *factors, bias]
-    shape = (tokens, structure.d_out) if problem.rows else (structure.d_out, tokens)
-    gradient = normal(*shape).detach()
+    with apart(problem.train, device):
+        factors = [normal(*f.shape, scale=1 / math.sqrt(f.fan_in)) for f in structure.factors]
+        x = normal(*((tokens, structure.d_in) if problem.rows else (structure.d_in, tokens)))
+        bias = normal(structure.d_out) if problem.rows else None
+        given = [x, *factors] if bias is None else [x, *factors, bias]
+        shape = (tokens, structure.d_out) if problem.rows else (structure.d_out, tokens)
+        gradient = normal(*shape).detach()
 
     def call() -> None:
         threads = torch.get_num_threads()

@@ -1,9 +1,8 @@
-"""The operators of torch for MLPs and projections in compiled graphs: one pass, or layer after layer.
+"""The operators ``structlin::block_pass`` and ``block_backward`` of torch: one pass over an MLP or projections.
 
-``structlin::block`` is what ``torch.compile`` records. It is composite: when the graph is differentiated it becomes
-``structlin::block_pass``, one pass of :mod:`structlin.execution.blocks`, or the products of layer after layer, which
-the compiler can fuse with the operations between them. The faster of the two is chosen then, as without a compiler.
-Like ``structlin::chain`` (:mod:`._operator`), the nodes contain the computation as JSON text.
+They are the nodes of graphs of ``torch.compile`` for :mod:`structlin.execution.blocks`. Like ``structlin::chain``
+(:mod:`._operator`), they contain the computation as JSON text. They contain the chosen kind of pass too, because caches
+of compiled graphs compare the nodes.
 """
 
 from __future__ import annotations
@@ -15,49 +14,54 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import optimization_hint
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import register_flop_formula
 
 from structlin.execution._gradients import SingleProducts
 from structlin.execution._guard import guard_of
-from structlin.execution.blocks import HALF, TorchBlock, by_autograd, torch_block, trains
+from structlin.execution.blocks import HALF, TorchBlock, by_autograd, first_kind, torch_block
 from structlin.execution.compiled._target import CompileError
-from structlin.execution.token_major import token_major
-from structlin.structure import Structure
-from structlin_nn.torch._operator import from_text, graph_product, refuse_forward_mode, to_text
+from structlin_nn.torch._operator import from_text, refuse_forward_mode, to_text
 
 TOKENS = 1024  # for which a pass is chosen if the compiler does not know their number
 
 
 @torch.compiler.assume_constant_result
-def block_text(
-    chains: tuple[str, ...], mlp: bool, activation: str | None, biases: tuple[bool, ...], norm: str | None,
-    affine: tuple[bool, bool], residual: bool,
-) -> str:  # fmt: skip
-    """Return a block without ``eps`` as JSON text; ``chains`` are texts of structures, of an MLP with the second layer.
+def graph_pass(
+    chains: tuple[str, ...], mlp: bool, activation: str | None, biases: tuple[bool, ...], norm: str | None, eps: float,
+    affine: tuple[bool, bool], residual: bool, dtype: torch.dtype, tokens: int, train: bool,
+) -> tuple[str, str, list[int], bool] | None:  # fmt: skip
+    """Return what :func:`block_pass` takes, if a compiled graph should run a block by it; otherwise None.
 
-    ``eps`` is apart, because the compiler makes a symbol of it if shapes are dynamic.
+    ``chains`` are texts of structures, of an MLP with that of its second layer. If a pass for the first half of an MLP
+    is the fastest, the text describes that half, and the last value is True. For a compiler the result is constant.
     """
-    parts = locals()
-    return json.dumps(parts)
+    *first, last = map(from_text, chains)
+    first, second = (first, last) if mlp else ([*first, last], None)
+    block = torch_block(tuple(first), second, activation, biases, norm, eps, affine, residual)
+    kind = block.kind(dtype, tokens, train)
+    if kind is None:
+        return None
+    half = block.half if kind.startswith(HALF) else None
+    if half is not None:
+        block, kind = half, first_kind(kind)
+    return block_text(block), kind, block.stored_rows(dtype, kind) if train else [], half is not None
 
 
-def _text_of(block: TorchBlock) -> str:
-    return block_text(
-        tuple(map(to_text, block.structures)), block.second is not None, block.activation, block.biases, block.norm,
-        block.affine, block.residual,
-    )  # fmt: skip
+def block_text(block: TorchBlock) -> str:
+    """Return a block as JSON text, which :func:`block_from_text` parses."""
+    names = ("activation", "biases", "norm", "eps", "affine", "residual")
+    parts = {"chains": [*map(to_text, block.structures)], "second": block.second is not None}
+    return json.dumps(parts | {name: getattr(block, name) for name in names})
 
 
 @lru_cache(maxsize=4096)
-def block_from_text(text: str, eps: float) -> TorchBlock:
+def block_from_text(text: str) -> TorchBlock:
     """Return the block of a text of :func:`block_text`; ValueError for any other text."""
     try:
         content = json.loads(text)
         *first, last = map(from_text, content["chains"])
-        first, second = (first, last) if content["mlp"] else ([*first, last], None)
-        activation, norm, residual = (content[name] for name in ("activation", "norm", "residual"))
+        first, second = (first, last) if content["second"] else ([*first, last], None)
+        activation, norm, eps, residual = (content[name] for name in ("activation", "norm", "eps", "residual"))
         biases, affine = tuple(content["biases"]), tuple(content["affine"])
         return torch_block(tuple(first), second, activation, biases, norm, eps, affine, residual)
     except (ValueError, TypeError, KeyError) as error:
@@ -70,38 +74,11 @@ def _spread(block: TorchBlock, given: Sequence[Tensor]) -> list[Tensor | None]:
     return [*(next(found) if there else None for there in (*block.affine, *block.biases)), *found]
 
 
-def _product(structure: Structure, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    return graph_product(token_major(structure), to_text(structure), 0, x, factors, bias)
-
-
-def _block(x: Tensor, operands: list[Tensor], text: str, eps: float) -> list[Tensor]:
-    block = block_from_text(text, float(eps))
-    tokens, spread = optimization_hint(x.shape[0], fallback=TOKENS), _spread(block, operands)
-    with _disable_current_modes():  # those of the compiler, because the choice may time passes
-        kind = block.kind(x.dtype, int(tokens), trains(x, operands))
-    if kind is None:
-        return list(block.layers(x, spread, _product))
-    if kind.startswith(HALF):
-        return list(block.by_halves(kind, x, spread, lambda *half: _pass(*half)[0], _product))
-    return _pass(block, kind, x, spread)
-
-
-def _pass(block: TorchBlock, kind: str, x: Tensor, operands: Sequence[Tensor | None]) -> list[Tensor]:
-    given = [t for t in operands if t is not None]
-    rows = block.stored_rows(x.dtype, kind) if trains(x, given) else []
-    return block_pass(x, given, _text_of(block), block.eps, kind, rows)[: len(block.outputs)]
-
-
-_library = torch.library.Library("structlin", "FRAGMENT")
-_library.define("block(Tensor x, Tensor[] operands, str block, float eps) -> Tensor[]")
-_library.impl("block", _block, "CompositeImplicitAutograd")
-
-
 @torch.library.custom_op("structlin::block_pass", mutates_args=())
-def block_pass(x: Tensor, operands: list[Tensor], block: str, eps: float, kind: str, rows: list[int]) -> list[Tensor]:
+def block_pass(x: Tensor, operands: list[Tensor], block: str, kind: str, rows: list[int]) -> list[Tensor]:
     """Return the outputs of a pass over (tokens, d_in), and activations (tokens, row) for the backward pass."""
     refuse_forward_mode()
-    found = block_from_text(block, eps)
+    found = block_from_text(block)
     spread = _spread(found, operands)
     if _runs(found, kind, x, spread, rows):
         kept: list[Tensor] | None = [] if rows else None
@@ -132,20 +109,20 @@ def _check(block: TorchBlock, x: Tensor, operands: Sequence[Tensor | None]) -> N
 
 
 @block_pass.register_fake
-def _(x: Tensor, operands: list[Tensor], block: str, eps: float, kind: str, rows: list[int]) -> list[Tensor]:
-    found = block_from_text(block, eps)
+def _(x: Tensor, operands: list[Tensor], block: str, kind: str, rows: list[int]) -> list[Tensor]:
+    found = block_from_text(block)
     _check(found, x, _spread(found, operands))
     return [x.new_empty((x.shape[0], row)) for row in (*found.outputs, *rows)]
 
 
 @torch.library.custom_op("structlin::block_backward", mutates_args=())
 def block_backward(
-    gradients: list[Tensor], x: Tensor, operands: list[Tensor], kept: list[Tensor], block: str, eps: float,
-    kind: str, needs: list[bool],
+    gradients: list[Tensor], x: Tensor, operands: list[Tensor], kept: list[Tensor], block: str, kind: str,
+    needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Return the gradients of x and of the operands for which ``needs`` (x first) is True."""
     refuse_forward_mode()
-    found = block_from_text(block, eps)
+    found = block_from_text(block)
     spread, gradients = _spread(found, operands), [g.contiguous() for g in gradients]
     if _runs(found, kind, x, spread, [one.shape[1] for one in kept]):
         try:
@@ -170,16 +147,16 @@ def _by_products(block: TorchBlock, x: Tensor, operands: Sequence[Tensor | None]
 
 @block_backward.register_fake
 def _(
-    gradients: list[Tensor], x: Tensor, operands: list[Tensor], kept: list[Tensor], block: str, eps: float,
-    kind: str, needs: list[bool],
+    gradients: list[Tensor], x: Tensor, operands: list[Tensor], kept: list[Tensor], block: str, kind: str,
+    needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     return [t.new_empty(t.shape) for t, need in zip((x, *operands), needs, strict=True) if need]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, operands, *ctx.block, ctx.kind, rows = inputs
+    x, operands, ctx.block, ctx.kind, rows = inputs
     ctx.for_rows = None if rows else []  # torch expects a list as the gradient of an empty list, even one of integers
-    ctx.count = len(block_from_text(*ctx.block).outputs)
+    ctx.count = len(block_from_text(ctx.block).outputs)
     kept = output[ctx.count :]
     ctx.mark_non_differentiable(*kept)
     ctx.save_for_backward(x, *operands, *kept)
@@ -191,30 +168,30 @@ def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
     operands, kept = saved[: ctx.operands], saved[ctx.operands :]
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
     given = gradients[: ctx.count]
-    block = block_from_text(*ctx.block)
+    block = block_from_text(ctx.block)
     if torch.is_grad_enabled():  # the gradients are to be differentiated themselves
         spread, rest = _spread(block, operands), iter(needs[1:])
         wanted = [needs[0], *(t is not None and next(rest) for t in spread)]
         gx, *every = by_autograd(block, given, x, spread, wanted)
-        return gx, [g for g, t in zip(every, spread, strict=True) if t is not None], None, None, None, ctx.for_rows
-    found = iter(torch.ops.structlin.block_backward(given, x, operands, kept, *ctx.block, ctx.kind, needs))
+        return gx, [g for g, t in zip(every, spread, strict=True) if t is not None], None, None, ctx.for_rows
+    found = iter(torch.ops.structlin.block_backward(given, x, operands, kept, ctx.block, ctx.kind, needs))
     gx, *grads = [next(found) if need else None for need in needs]
-    return gx, grads, None, None, None, ctx.for_rows
+    return gx, grads, None, None, ctx.for_rows
 
 
 block_pass.register_autograd(_backward, setup_context=_keep)
 
 
 @register_flop_formula(torch.ops.structlin.block_pass)
-def _(x_shape: Sequence[int], operand_shapes: Sequence[Any], block: str, eps: float, *_: Any, **__: Any) -> int:
+def _(x_shape: Sequence[int], operand_shapes: Sequence[Any], block: str, *_: Any, **__: Any) -> int:
     """Return 2 * MACs."""
-    return 2 * x_shape[0] * block_from_text(block, eps).macs
+    return 2 * x_shape[0] * block_from_text(block).macs
 
 
 @register_flop_formula(torch.ops.structlin.block_backward)
 def _(
     gradient_shapes: Sequence[Any], x_shape: Sequence[int], operand_shapes: Sequence[Any], kept_shapes: Sequence[Any],
-    block: str, eps: float, *_: Any, **__: Any,
+    block: str, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """Return the FLOPs of the backward pass, without those of activations that are computed again."""
-    return 4 * x_shape[0] * block_from_text(block, eps).macs
+    return 4 * x_shape[0] * block_from_text(block).macs

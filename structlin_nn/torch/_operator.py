@@ -23,7 +23,6 @@ from torch.utils.flop_counter import register_flop_formula
 from structlin._arrays import ops
 from structlin.execution._gradients import chain_gradients, gradient_macs
 from structlin.execution._guard import transforming
-from structlin.execution.token_major import TokenMajor
 from structlin.execution.torch_ways import torch_chain
 from structlin.structure import Structure
 
@@ -127,21 +126,6 @@ def _double_backward(ctx: Any, outer: list[Tensor]) -> tuple[Any, ...]:
 
 
 chain_backward.register_autograd(_double_backward, setup_context=_keep_all)
-
-
-def graph_product(
-    plan: TokenMajor, text: str, node_tokens: int, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None
-) -> Tensor:
-    """Return (tokens, d_in) -> (tokens, d_out) plus ``bias`` in a graph that is compiled.
-
-    The contraction is one node if that is faster, otherwise the single products, which the compiler can fuse.
-    ``node_tokens``: from how many tokens on a node is faster on a GPU; 0: never.
-    """
-    many = 0 < node_tokens <= x.shape[0] and not torch.compiler.is_exporting() if x.is_cuda else plan.pays_as_node(x)
-    if many and not transforming():
-        y = chain(x, list(factors), text)
-        return y if bias is None else y + bias
-    return plan.single(x, factors, bias) if plan.is_single(x) else plan.structure._rows(factors, x, _TORCH, bias)
 
 
 def _item(x: Tensor, dim: int | None, number: int) -> Tensor:

@@ -8,13 +8,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import guard_scalar, optimization_hint
 from torch.nn import functional as F
 
 from structlin.execution._guard import transforming
-from structlin.execution.blocks import torch_block
+from structlin.execution.blocks import torch_block, trains
 from structlin.structure import Structure
 from structlin_nn._text import check_known
-from structlin_nn.torch._block_operator import block_text
+from structlin_nn.torch._block_operator import TOKENS, graph_pass
 from structlin_nn.torch._modules import check_model
 from structlin_nn.torch.experts import StructuredExperts
 from structlin_nn.torch.linear import StructuredLinear, cast_to, values
@@ -307,7 +308,7 @@ def _one_pass(
     if kind == "rms" and eps is None:
         eps = torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0
     biases = tuple(layer.bias is not None for layer in whole)
-    affine = weight is not None, shift is not None
+    rest = activation, biases, kind, eps or 0.0, (weight is not None, shift is not None), residual
     operands: list[Tensor | None] = [weight, shift, *(layer.bias for layer in whole)]
     for layer in whole:
         operands += values(layer._modules["factors"]) if layer._bare else layer.effective_factors()
@@ -315,24 +316,40 @@ def _one_pass(
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         x, operands = cast_to(x, dtype), [None if t is None else cast_to(t, dtype) for t in operands]
-    rows = x if x.ndim == 2 else x.reshape(math.prod(lead), size)
-    found: tuple[Tensor, ...] | None
-    with torch.autocast("cpu", enabled=False):  # operands are cast already, so their memory can be read by address
-        if compiling:
-            chains = tuple(layer._text for layer in whole)
-            text = block_text(chains, second is not None, activation, biases, kind, affine, residual)
-            given = [t for t in operands if t is not None]
-            found = tuple(torch.ops.structlin.block(rows, given, text, eps or 0.0))
-        else:
-            structures = tuple(cast(Structure, layer.structure) for layer in whole)
-            last = None if second is None else structures[-1]
-            block = torch_block(
-                structures[: len(first)], last, activation, biases, kind, eps or 0.0, affine, residual
-            )  # fmt: skip
-            found = block(rows, operands)
+    tokens = x if x.ndim == 2 else x.reshape(math.prod(lead), size)
+    if compiling:
+        found = _in_graph(tokens, operands, whole, second is not None, *rest)
+    else:
+        structures = tuple(cast(Structure, layer.structure) for layer in whole)
+        block = torch_block(structures[: len(first)], None if second is None else structures[-1], *rest)
+        with torch.autocast("cpu", enabled=False):  # operands are cast already, so their memory can be read by address
+            found = block(tokens, operands)
     if found is None or x.ndim == 2:
         return found
     return tuple(y.reshape(*lead, y.shape[-1]) for y in found)
+
+
+def _in_graph(
+    x: Tensor, operands: Sequence[Tensor | None], layers: Sequence[StructuredLinear], mlp: bool, activation: str | None,
+    biases: tuple[bool, ...], norm: str | None, eps: float, affine: tuple[bool, bool], residual: bool,
+) -> tuple[Tensor, ...] | None:  # fmt: skip
+    """Return the outputs by a node of a graph that is compiled, or None if separate layers are faster."""
+    given = [t for t in operands if t is not None]
+    # These are symbols if shapes are dynamic.
+    eps, tokens = guard_scalar(eps), optimization_hint(x.shape[0], fallback=TOKENS)
+    texts = tuple(layer._text for layer in layers)
+    found = graph_pass(texts, mlp, activation, biases, norm, eps, affine, residual, x.dtype, tokens, trains(x, given))
+    if found is None:
+        return None
+    text, kind, rows, half = found
+    if not half:
+        return tuple(torch.ops.structlin.block_pass(x, given, text, kind, rows)[: 1 if mlp else len(layers)])
+    last = layers[-1]
+    given = given[: len(given) - len(last.structure.factors)]
+    if biases[-1]:
+        given.pop(sum(affine) + sum(biases) - 1)
+    y = last(torch.ops.structlin.block_pass(x, given, text, kind, rows)[0])
+    return (y + x,) if residual else (y,)
 
 
 def _is_plain(layer: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from structlin.execution.torch_cuda import node_tokens
 from structlin.execution.torch_ways import torch_chain
 from structlin.structure import AbstractStructure, Structure
 from structlin_nn._layer import PlannedLayer, plan_layer
-from structlin_nn.torch._operator import chain, graph_product, to_text
+from structlin_nn.torch._operator import chain, to_text
 from structlin_nn.torch._step_check import watch
 
 __all__ = ["FactorList", "StructuredLinear", "fill", "values"]
@@ -336,13 +336,24 @@ class StructuredLinear(PlannedLayer, nn.Module):
         y = self._product(x.reshape(math.prod(lead), self.in_features), factors, bias)
         return y.reshape(*lead, self.out_features)
 
+    def _pays_as_node(self, x: Tensor) -> bool:
+        """Return whether a compiled graph should run the chain as one node structlin::chain."""
+        if x.is_cuda:
+            return 0 < self._node_tokens <= x.shape[0] and not torch.compiler.is_exporting()
+        return self._token_major is not None and self._token_major.pays_as_node(x)
+
     def _product(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        """Return (tokens, in_features) -> (tokens, out_features) by the way that :mod:`structlin.execution` chooses."""
+        """Return (tokens, in_features) -> (tokens, out_features) by the way that :mod:`structlin.execution` chooses.
+
+        A compiler gets the contraction as one node if that is faster, otherwise the single products, which it can fuse.
+        """
         structure, plan = self.structure, self._token_major
         compiling = torch.compiler.is_compiling()
         if self._chain is not None and not compiling and not torch.is_grad_enabled():  # a layer with a checkpoint
             return self._chain(x, factors, bias)
-        if self.checkpoint and torch.is_grad_enabled() and not transforming():
+        if (
+            (self.checkpoint and torch.is_grad_enabled()) or (compiling and plan is not None and self._pays_as_node(x))
+        ) and not transforming():
             if plan is not None:
                 y = chain(x, list(factors), self._text)
             elif torch.compiler.is_exporting():
@@ -351,8 +362,8 @@ class StructuredLinear(PlannedLayer, nn.Module):
                 y = recomputed(structure._rows, factors, x, _TORCH, use_reentrant=False, preserve_rng_state=False)
         elif plan is None:
             y = structure._rows(factors, x, _TORCH)
-        elif compiling:
-            return graph_product(plan, self._text, self._node_tokens, x, factors, bias)
+        elif compiling and plan.is_single(x):
+            return plan.single(x, factors, bias)
         else:
             return plan.structure._rows(factors, x, _TORCH, bias)
         return y if bias is None else y + bias

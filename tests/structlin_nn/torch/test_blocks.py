@@ -176,7 +176,7 @@ class Graphs:
 
 def compiled_block(**options: Any) -> tuple[Callable[[Tensor], Tensor], list[Tensor], Graphs, Callable[..., Any]]:
     """Return an MLP, its parameters, the graphs of its compiled form, and that."""
-    up, down, norm = linear(24, 40), linear(40, 24, bias=False), nn.LayerNorm(24)
+    up, down, norm = (m.double() for m in (linear(24, 40), linear(40, 24, bias=False), nn.LayerNorm(24)))
     parameters = [*up.parameters(), *down.parameters(), *norm.parameters()]
 
     def call(x: Tensor) -> Tensor:
@@ -198,20 +198,20 @@ def agree(call: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], x
 def test_a_compiled_graph_runs_the_pass(dynamic: bool) -> None:
     call, parameters, graphs, compiled = compiled_block(dynamic=dynamic)
     for tokens in (5, 70, 3) if dynamic else (5,):
-        agree(call, compiled, torch.randn(tokens, 24), parameters)
+        agree(call, compiled, torch.randn(tokens, 24, dtype=torch.float64), parameters)
         assert len(graphs.forward) == 1
-    agree(call, compiled, torch.randn(0, 24), parameters)
+    agree(call, compiled, torch.randn(0, 24, dtype=torch.float64), parameters)
     assert "structlin.block_pass.default" in graphs.forward[0]
     assert "structlin.block_backward.default" in graphs.backward[0]
     assert not any("mm" in name or "gelu" in name or "norm" in name for name in graphs.forward[0] | graphs.backward[0])
-    x = torch.randn(2, 3, 24)
+    x = torch.randn(2, 3, 24, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), call(x))
     assert "structlin.block_pass.default" in graphs.forward[-1]
 
 
 def test_a_compiled_graph_of_projections() -> None:
-    layers = nn.ModuleList([linear(24, size, bias=size > 20) for size in (24, 12, 40)])
+    layers = nn.ModuleList([linear(24, size, bias=size > 20) for size in (24, 12, 40)]).double()
     torch._dynamo.reset()
     graphs = Graphs()
 
@@ -219,14 +219,14 @@ def test_a_compiled_graph_of_projections() -> None:
         return torch.cat(projections(x, list(layers)), -1)
 
     compiled = torch.compile(call, backend=graphs.backend, fullgraph=True)
-    agree(call, compiled, torch.randn(2, 9, 24), list(layers.parameters()))
+    agree(call, compiled, torch.randn(2, 9, 24, dtype=torch.float64), list(layers.parameters()))
     assert "structlin.block_pass.default" in graphs.forward[0]
 
 
 @pytest.mark.parametrize(("way", "node"), [("block-halfkept", True), ("separate", False)])
 def test_a_compiled_graph_follows_the_choice(way: str, node: bool) -> None:
     call, parameters, graphs, compiled = compiled_block()
-    x = torch.randn(64, 24, requires_grad=True)
+    x = torch.randn(64, 24, requires_grad=True, dtype=torch.float64)
     with choice.recording() as met:
         call(x)
     choice.pin({problem.key: way for problem in met if hasattr(problem, "block")})
@@ -242,7 +242,7 @@ def test_a_compiled_graph_follows_the_choice(way: str, node: bool) -> None:
 def test_a_compiled_graph_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """If the pass cannot be compiled any more, its nodes run products of torch."""
     call, parameters, graphs, compiled = compiled_block()
-    x = torch.randn(6, 24, requires_grad=True)
+    x = torch.randn(6, 24, requires_grad=True, dtype=torch.float64)
     y = compiled(x)
     expected = torch.autograd.grad(call(x).sum(), [x, *parameters])
     monkeypatch.setattr(_execution_blocks, "_failed", Everything())
@@ -259,7 +259,7 @@ class Everything(set):  # type: ignore[type-arg]
 
 def test_second_derivatives_of_a_compiled_graph() -> None:
     call, parameters, _, _ = compiled_block()
-    x = torch.randn(6, 24, requires_grad=True)
+    x = torch.randn(6, 24, requires_grad=True, dtype=torch.float64)
 
     def second(f: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
         first = torch.autograd.grad(f(x).sin().sum(), [x, *parameters], create_graph=True)
@@ -272,16 +272,16 @@ def test_second_derivatives_of_a_compiled_graph() -> None:
 
 def test_operators_of_blocks_check_their_text_and_operands() -> None:
     with pytest.raises(ValueError, match="does not describe a block"):
-        torch.ops.structlin.block_pass(torch.ones(2, 3), [], "{}", 0.0, "0", [])
+        torch.ops.structlin.block_pass(torch.ones(2, 3), [], "{}", "0", [])
     up, down = linear(24, 40), linear(40, 24)
-    text = block_text((up._text, down._text), True, "gelu", (True, True), None, (False, False), False)
+    text = block_text(_execution_blocks.torch_block((up.structure,), down.structure, "gelu", (True, True)))
     operands = [up.bias, down.bias, *up.factors, *down.factors]
     with pytest.raises(ValueError, match=r"\(tokens, 24\), got \(2, 3\)"):
-        torch.ops.structlin.block_pass(torch.ones(2, 3), operands, text, 0.0, "0", [])
+        torch.ops.structlin.block_pass(torch.ones(2, 3), operands, text, "0", [])
     with pytest.raises(ValueError, match="expected"):
-        torch.ops.structlin.block_pass(torch.ones(2, 24), operands[::-1], text, 0.0, "0", [])
+        torch.ops.structlin.block_pass(torch.ones(2, 24), operands[::-1], text, "0", [])
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.ops.structlin.block_pass(torch.ones(2, 24), operands, text, 0.0, "0", [])
+        torch.ops.structlin.block_pass(torch.ones(2, 24), operands, text, "0", [])
 
 
 # -- MLPs of other packages --------------------------------------------------------------------------------------------
