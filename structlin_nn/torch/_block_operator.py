@@ -78,7 +78,7 @@ def _spread(block: TorchBlock, given: Sequence[Tensor]) -> list[Tensor | None]:
 def block_pass(x: Tensor, operands: list[Tensor], block: str, kind: str, rows: list[int]) -> list[Tensor]:
     """Return the outputs of a pass over (tokens, d_in), and activations (tokens, row) for the backward pass."""
     refuse_forward_mode()
-    found = block_from_text(block)
+    found, (x, *operands) = block_from_text(block), [t.contiguous() for t in (x, *operands)]
     spread = _spread(found, operands)
     if _runs(found, kind, x, spread, rows):
         kept: list[Tensor] | None = [] if rows else None
@@ -122,7 +122,7 @@ def block_backward(
 ) -> list[Tensor]:  # fmt: skip
     """Return the gradients of x and of the operands for which ``needs`` (x first) is True."""
     refuse_forward_mode()
-    found = block_from_text(block)
+    found, (x, *operands) = block_from_text(block), [t.contiguous() for t in (x, *operands)]
     spread, gradients = _spread(found, operands), [g.contiguous() for g in gradients]
     if _runs(found, kind, x, spread, [one.shape[1] for one in kept]):
         try:

@@ -30,6 +30,7 @@ ACTIVATIONS = {
 }
 """Activation functions by name: ``gelu`` (exact), ``gelu_tanh`` (approximate), ``relu`` and ``silu``."""
 
+_PLAIN = (Tensor, nn.Parameter)  # no subclass, such as quantised or distributed parameters
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -335,6 +336,8 @@ def _in_graph(
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
     """Return the outputs by a node of a graph that is compiled, or None if separate layers are faster."""
     given = [t for t in operands if t is not None]
+    if not all(type(t) in _PLAIN and t.dtype is x.dtype and t.device == x.device for t in (x, *given)):
+        return None
     # These are symbols if shapes are dynamic.
     eps, tokens = guard_scalar(eps), optimization_hint(x.shape[0], fallback=TOKENS)
     texts = tuple(layer._text for layer in layers)

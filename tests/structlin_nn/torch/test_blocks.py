@@ -12,6 +12,7 @@ from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
+from torch.testing._internal.two_tensor import TwoTensor
 
 from structlin import execution
 from structlin.execution import blocks as _execution_blocks
@@ -250,11 +251,29 @@ def test_a_compiled_graph_without_the_compiler(monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(got, want)
     agree(call, compiled, x, parameters)
     assert len(graphs.forward) == 1
+    choice.forget()  # which was to run layer after layer
 
 
 class Everything(set):  # type: ignore[type-arg]
     def __contains__(self, _: object) -> bool:
         return True
+
+
+def test_a_compiled_graph_of_operands_that_are_not_plain() -> None:
+    """A pass reads a copy of a tensor with other strides; for other kinds of operands the layers run."""
+    call, parameters, graphs, compiled = compiled_block()
+    agree(call, compiled, torch.randn(24, 6, dtype=torch.float64).T, parameters)
+    assert "structlin.block_pass.default" in graphs.forward[0]
+    assert not any("mm" in name for name in graphs.forward[0])
+    up, down = linear(24, 40), linear(40, 24)
+    for layer in (up, down):
+        for k, factor in enumerate(layer.factors):
+            layer.factors[k] = nn.Parameter(TwoTensor(factor.detach(), factor.detach()))
+    torch._dynamo.reset()
+    graphs = Graphs()
+    compiled = torch.compile(lambda x: mlp(x, up, down), backend=graphs.backend, fullgraph=True)
+    assert type(compiled(torch.randn(5, 24))) is TwoTensor
+    assert "structlin.block_pass.default" not in graphs.forward[0]
 
 
 def test_second_derivatives_of_a_compiled_graph() -> None:
