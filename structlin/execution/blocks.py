@@ -260,6 +260,7 @@ class _Differentiable(torch.autograd.Function):
         return found if len(found) > 1 else found[0]
 
     @staticmethod
+    @torch.compiler.disable  # Dynamo unpacks saved tensors again, which activation checkpoints do not allow
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         block: TorchBlock = ctx.block
         x, *saved = ctx.saved_tensors

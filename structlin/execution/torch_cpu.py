@@ -175,6 +175,7 @@ class _Differentiable(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.compiler.disable  # Dynamo unpacks saved tensors again, which activation checkpoints do not allow
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         chain: CPUChain = ctx.chain
         count = 1 + len(chain.structure.steps)

@@ -218,6 +218,7 @@ class _Differentiable(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.compiler.disable  # as of the ways on a CPU
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         count = 1 + len(ctx.structure.steps)
         x, *rest = ctx.saved_tensors

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from structlin.execution._gradients import SingleProducts
-from structlin.execution._guard import guard_of
+from structlin.execution._guard import guard_of, transforming
 from structlin.execution.blocks import HALF, TorchBlock, by_autograd, first_kind, torch_block
 from structlin.execution.compiled._target import CompileError
-from structlin_nn.torch._operator import from_text, refuse_forward_mode, to_text
+from structlin_nn.torch._operator import from_text, is_batched, refuse_forward_mode, to_text
 
 TOKENS = 1024  # for which a pass is chosen if the compiler does not know their number
 
@@ -163,13 +163,15 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.operands = len(operands)
 
 
+@torch.compiler.disable  # Dynamo unpacks saved tensors again, which activation checkpoints do not allow
 def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
     x, *saved = ctx.saved_tensors
     operands, kept = saved[: ctx.operands], saved[ctx.operands :]
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
     given = gradients[: ctx.count]
     block = block_from_text(ctx.block)
-    if torch.is_grad_enabled():  # the gradients are to be differentiated themselves
+    batched = any(map(is_batched, given))
+    if torch.is_grad_enabled() or batched or transforming():
         spread, rest = _spread(block, operands), iter(needs[1:])
         wanted = [needs[0], *(t is not None and next(rest) for t in spread)]
         gx, *every = by_autograd(block, given, x, spread, wanted)

@@ -60,6 +60,12 @@ def refuse_forward_mode() -> None:
         raise NotImplementedError("structlin::chain has no forward-mode derivative; call structure.apply instead")
 
 
+def is_batched(gradient: Tensor) -> bool:
+    """Whether this is a batch of gradients (``is_grads_batched``), for which operators have no rule."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient)
+
+
 @torch.library.custom_op("structlin::chain", mutates_args=())
 def chain(x: Tensor, factors: list[Tensor], structure: str) -> Tensor:
     """Apply a chain, given as text, to rows: (tokens, d_in) -> (tokens, d_out)."""
@@ -94,11 +100,11 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(x, *factors)
 
 
+@torch.compiler.disable  # Dynamo unpacks saved tensors again, which activation checkpoints do not allow
 def _backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
     x, *factors = ctx.saved_tensors
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
-    # The operator supports neither batches of gradients (is_grads_batched) nor tangents.
-    if torch._C._functorch.is_batchedtensor(gy) or torch._C._functorch.is_legacy_batchedtensor(gy) or transforming():
+    if is_batched(gy) or transforming():  # the operator does not take tangents
         found = iter(chain_gradients(from_text(ctx.structure), gy, x, factors, needs))
     else:
         found = iter(torch.ops.structlin.chain_backward(gy, x, factors, ctx.structure, needs))
@@ -114,6 +120,7 @@ def _keep_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(gy, x, *factors)
 
 
+@torch.compiler.disable
 def _double_backward(ctx: Any, outer: list[Tensor]) -> tuple[Any, ...]:
     structure, needs = from_text(ctx.structure), ctx.needs
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import guard_scalar, optimization_hint
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from structlin.execution._guard import transforming
 from structlin.execution.blocks import torch_block, trains
@@ -223,6 +224,8 @@ def _fused(module: nn.Module, names: tuple[str, ...]) -> StructuredMLP | str:
     """Return the block that replaces a module, or the reason why there is none."""
     if any(getattr(module, hooks) for hooks in _HOOKS):
         return "it has hooks, which would be lost"
+    if "forward" in module.__dict__:
+        return "its forward was replaced, which would be lost"
     rest = [(name, child) for name, child in module.named_children() if name not in names]
     others = [child for _, child in rest if not isinstance(child, nn.Dropout | nn.Identity)]
     if len(others) > 1 or any(p.numel() for child in others for p in child.parameters()):
@@ -239,6 +242,9 @@ def _fused(module: nn.Module, names: tuple[str, ...]) -> StructuredMLP | str:
     if len(dropouts) > 1 or any(order.index(name) < max(map(order.index, names)) for name in dropouts):
         return "it has dropout between its layers"
     up, down, *gate = layers
+    if up.out_features != down.in_features:
+        return (f"its layers have {up.out_features} outputs and {down.in_features} inputs, as if one layer had both "
+                "halves of a gated MLP")  # fmt: skip
     new = StructuredMLP(
         up, down, activation, gate=gate[0] if gate else None, names=names, dropout=sum(dropouts.values())
     ).train(module.training)
@@ -290,7 +296,7 @@ def _one_pass(
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
     """Return the outputs if the layers can run as one pass and that is faster; otherwise None."""
     layers, compiling = first if second is None else [*first, second], torch.compiler.is_compiling()
-    if not x.is_cpu or not all(_is_plain(layer) for layer in layers):
+    if not layers or not x.is_cpu or _has_any_global_hook() or not all(_is_plain(layer) for layer in layers):
         return None
     if compiling and (torch.compiler.is_exporting() or transforming()):
         return None
@@ -362,15 +368,20 @@ def _is_plain(layer: nn.Module) -> bool:
         and all(getattr(type(layer), name) is getattr(StructuredLinear, name) for name in ("forward", "_eager"))
         and layer._chain is not None
         and not layer.checkpoint
-        and not any(getattr(layer, hooks) for hooks in _HOOKS)
+        and not _is_watched(layer)
     )
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Return whether a call of the module does more than its class says: it has hooks, or a ``forward`` of its own."""
+    return "forward" in module.__dict__ or any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def _norm(norm: nn.Module | None, size: int) -> tuple[str | None, float | None, Tensor | None, Tensor | None] | None:
     """Return kind, eps, weight and bias of a norm; None if it cannot be part of a pass."""
     if norm is None:
         return None, 0.0, None, None
-    if any(getattr(norm, hooks) for hooks in _HOOKS):
+    if _is_watched(norm):
         return None
     if type(norm) is nn.LayerNorm and norm.normalized_shape == (size,):
         return "layer", norm.eps, norm.weight, norm.bias

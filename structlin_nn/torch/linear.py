@@ -362,7 +362,7 @@ class StructuredLinear(PlannedLayer, nn.Module):
                 y = recomputed(structure._rows, factors, x, _TORCH, use_reentrant=False, preserve_rng_state=False)
         elif plan is None:
             y = structure._rows(factors, x, _TORCH)
-        elif compiling and plan.is_single(x):
+        elif compiling and plan.is_single(x) and not transforming():
             return plan.single(x, factors, bias)
         else:
             return plan.structure._rows(factors, x, _TORCH, bias)

@@ -23,7 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import (
+    _global_forward_hooks_with_kwargs,
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
@@ -216,11 +220,11 @@ class Recorder(TorchDispatchMode):
             # Nodes are numbered by thread, so the backward pass must run in the thread of the forward pass.
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             stack.enter_context(adapted_libraries())
-            for handle in (
-                register_module_forward_pre_hook(self._enter),
-                register_module_forward_hook(self._leave, with_kwargs=True, always_call=True),
-            ):
-                stack.callback(handle.remove)
+            stack.callback(register_module_forward_pre_hook(self._enter).remove)
+            leave = register_module_forward_hook(self._leave, with_kwargs=True, always_call=True)
+            # torch forgets to remove this entry, and warns later that there are global hooks.
+            stack.callback(_global_forward_hooks_with_kwargs.pop, leave.id, None)
+            stack.callback(leave.remove)
             stack.enter_context(self)
             stack.enter_context(_Functions(self))
             yield

@@ -12,7 +12,9 @@ from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import checkpoint
 
 from structlin import execution
 from structlin.execution import blocks as _execution_blocks
@@ -109,6 +111,35 @@ def test_what_watches_the_layers_sees_them() -> None:
     assert taken(lambda: mlp(x, nn.Linear(24, 40), down)) == []
 
 
+@pytest.mark.parametrize("compiles", [False, True])
+def test_replaced_forwards_and_global_hooks_are_called(compiles: bool) -> None:
+    """As libraries replace ``forward`` of an instance to offload or to quantise it."""
+    up, down, norm = linear(24, 40), linear(40, 24), nn.LayerNorm(24)
+    x = torch.randn(5, 24)
+
+    def call(x: Tensor) -> Tensor:
+        return mlp(x, up, down, norm=norm)
+
+    def run(x: Tensor) -> Tensor:
+        torch._dynamo.reset()
+        y: Tensor = torch.compile(call, backend="eager")(x) if compiles else call(x)
+        return y
+
+    for module in (up, down, norm):
+        was = module.forward
+        module.forward = lambda h, was=was: 2 * was(h)
+        torch.testing.assert_close(run(x), down(F.gelu(up(norm(x)))))
+        del module.forward
+    seen: list[nn.Module] = []
+    handle = register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        call(x)
+    finally:
+        handle.remove()
+    assert [module for module in seen if isinstance(module, StructuredLinear)] == [up, down]
+    assert taken(lambda: call(x)) == ["block-0kept"]
+
+
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("normed", [False, True])
 def test_autocast(normed: bool, residual: bool) -> None:
@@ -132,6 +163,10 @@ def test_autocast(normed: bool, residual: bool) -> None:
     for got, expected in zip(*found, strict=True):
         assert got.dtype is expected.dtype
         assert (got - expected).norm() < 0.02 * expected.norm()
+
+
+def test_no_layers_have_no_projections() -> None:
+    assert projections(torch.ones(2, 24), []) == ()
 
 
 def test_wrong_sizes_are_named() -> None:
@@ -289,6 +324,37 @@ def test_second_derivatives_of_a_compiled_graph() -> None:
         torch.testing.assert_close(got, want)
 
 
+def test_batched_gradients_of_a_compiled_graph() -> None:
+    call, _, _, _ = compiled_block()
+    x, gradients = torch.randn(6, 24, dtype=torch.float64, requires_grad=True), torch.randn(3, 6, 24).double()
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    found, expected = (torch.autograd.grad(f(x), x, gradients, is_grads_batched=True)[0] for f in (compiled, call))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("kind", ["mlp", "layer", "checkpoint"])
+def test_a_compiled_step_with_an_activation_checkpoint(kind: str, backend: str) -> None:
+    """Dynamo compiled our backward functions, and unpacked what the checkpoint allows to unpack once."""
+    model = StructuredMLP(linear(24, 40), linear(40, 24)) if kind == "mlp" else linear(24, 24)
+    if isinstance(model, StructuredLinear):
+        model.checkpoint = kind == "checkpoint"
+    x = torch.randn(33, 24)
+
+    def step() -> None:
+        for _ in range(1):
+            checkpoint(model, x, use_reentrant=False).square().sum().backward()
+
+    found = []
+    for call in (step, torch.compile(step, backend=backend)):
+        torch._dynamo.reset()
+        model.zero_grad()
+        call()
+        found.append([parameter.grad for parameter in model.parameters()])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_operators_of_blocks_check_their_text_and_operands() -> None:
     with pytest.raises(ValueError, match="does not describe a block"):
         torch.ops.structlin.block_pass(torch.ones(2, 3), [], "{}", "0", [])
@@ -349,6 +415,19 @@ class Twice(Timm):
         return 2 * super().forward(x)
 
 
+class Packed(Timm):
+    """As timm's GluMlp: the first layer has both halves, of which one multiplies the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(24, 192)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, y = self.fc1(x).chunk(2, -1)
+        z: Tensor = self.fc2(self.act(gate) * y)
+        return z
+
+
 class Mish(Timm):
     def __init__(self) -> None:
         super().__init__()
@@ -357,7 +436,14 @@ class Mish(Timm):
 
 def test_mlps_of_other_packages_are_fused() -> None:
     kinds = OrderedDict(
-        timm=Timm(), gpt2=GPT2(), llama=Llama(), twice=Twice(), drop=Timm(0.1), mish=Mish(), head=nn.Linear(24, 5)
+        timm=Timm(),
+        gpt2=GPT2(),
+        llama=Llama(),
+        twice=Twice(),
+        drop=Timm(0.1),
+        mish=Mish(),
+        packed=Packed(),
+        head=nn.Linear(24, 5),
     )
     model = nn.Sequential(kinds)
     separate = nn.Sequential(OrderedDict((name, type(m)() if name not in ("drop", "head") else m)
@@ -368,6 +454,7 @@ def test_mlps_of_other_packages_are_fused() -> None:
     assert "its output differs" in notes["twice"]
     assert "dropout between" in notes["drop"]
     assert "activation function is not one of" in notes["mish"]
+    assert "its layers have 192 outputs and 96 inputs" in notes["packed"]
 
     replace_linear(separate[:3], "block_tensor_train", rank=2, layers="all")
     for name in ("timm", "gpt2", "llama"):

@@ -414,6 +414,14 @@ def test_compiled_transformation():
     torch.testing.assert_close(compiled(x, v), layer(v) - layer.bias)
 
 
+def test_compiled_second_derivatives_of_one_token():
+    layer = StructuredLinear(16, 16, structure="monarch", blocks=4, dtype=torch.float64)
+    x = torch.randn(16, dtype=torch.float64)
+    hessian = torch.func.hessian(lambda x: layer(x).square().sum())
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(lambda x: hessian(x), backend="aot_eager")(x), hessian(x))
+
+
 # -- export ------------------------------------------------------------------------------------------------------------
 
 
