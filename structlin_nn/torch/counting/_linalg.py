@@ -34,7 +34,17 @@ def _right_sides(a: Tensor, b: Tensor, left: bool = True) -> tuple[int, int, int
     return math.prod(torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])), n, b.shape[-1] if left else b.shape[-2]
 
 
-# -- operations of one matrix: the argument, and the FLOPs for arguments g and an m x n matrix ----------------------
+# -- operations of one matrix --------------------------------------------------------------------------------------
+
+
+def _of_one(names: str, argument: str, flops: Callable[[Arguments, int, int], Fraction | int]) -> None:
+    """Register FLOPs of one matrix, a function of the arguments and the sizes m x n of the matrix ``argument``."""
+
+    def formula(g: Arguments) -> Product:
+        *batch, m, n = g[argument].shape
+        return _product(math.prod(batch) * flops(g, m, n))
+
+    _register(names, formula)
 
 
 def _least_squares(g: Arguments, m: int, n: int) -> Fraction | int:
@@ -52,69 +62,47 @@ def _pseudoinverse(g: Arguments, m: int, n: int) -> Fraction | int:
     return factors + 2 * m * n * min(m, n)
 
 
-def _columns_of_q(g: Arguments, m: int, n: int) -> int:
-    return {"r": 0, "reduced": min(m, n), "complete": m}[g["mode"]]
-
-
-_ONE_MATRIX: dict[str, tuple[str, Callable[[Arguments, int, int], Fraction | int]]] = {
-    "linalg_lu linalg_lu_factor_ex _linalg_det _linalg_slogdet": ("A", lambda g, m, n: FLOPS["lu"](m, n)),
-    "geqrf": ("self", lambda g, m, n: FLOPS["qr"](m, n)),
-    "linalg_inv_ex": ("A", lambda g, m, n: FLOPS["inverse"](n)),
-    "cholesky linalg_cholesky_ex": ("self", lambda g, m, n: FLOPS["cholesky"](n)),
-    "cholesky_inverse": ("self", lambda g, m, n: FLOPS["cholesky_inverse"](n)),
-    "linalg_ldl_factor_ex": ("self", lambda g, m, n: FLOPS["ldl"](n)),
-    "linalg_eigvals _linalg_eigvals": ("self", lambda g, m, n: FLOPS["eigvals"](n)),
-    "linalg_eig": ("self", lambda g, m, n: FLOPS["eigvals" if g.get("values_only") else "eig"](n)),
-    "_linalg_eigh": (
-        "A", lambda g, m, n: FLOPS["eigh" if g["compute_v"] and not g.get("values_only") else "eigvalsh"](n),
-    ),
-    "_linalg_svd": (
-        "A", lambda g, m, n: svd_flops(m, n, g["compute_uv"] and not g.get("values_only"), g["full_matrices"]),
-    ),
-    "linalg_qr": ("A", lambda g, m, n: qr_flops(m, n, _columns_of_q(g, m, n))),
-    "linalg_householder_product": (
-        "input", lambda g, m, n: FLOPS["householder_product"](m, n, g["tau"].shape[-1]),
-    ),
-    "linalg_lstsq": ("self", _least_squares),
-    "linalg_pinv": ("self", _pseudoinverse),
-}  # fmt: skip
-
-
-def _of_one(argument: str, flops: Callable[[Arguments, int, int], Fraction | int]) -> Callable[[Arguments], Product]:
-    def formula(g: Arguments) -> Product:
-        *batch, m, n = g[argument].shape
-        return _product(math.prod(batch) * flops(g, m, n))
-
-    return formula
-
-
-for _names, _own in _ONE_MATRIX.items():
-    _register(_names, _of_one(*_own))
+_of_one("linalg_lu linalg_lu_factor_ex _linalg_det _linalg_slogdet", "A", lambda g, m, n: FLOPS["lu"](m, n))
+_of_one("geqrf", "self", lambda g, m, n: FLOPS["qr"](m, n))
+_of_one("linalg_inv_ex", "A", lambda g, m, n: FLOPS["inverse"](n))
+_of_one("cholesky linalg_cholesky_ex", "self", lambda g, m, n: FLOPS["cholesky"](n))
+_of_one("cholesky_inverse", "self", lambda g, m, n: FLOPS["cholesky_inverse"](n))
+_of_one("linalg_ldl_factor_ex", "self", lambda g, m, n: FLOPS["ldl"](n))
+_of_one("linalg_eigvals _linalg_eigvals", "self", lambda g, m, n: FLOPS["eigvals"](n))
+_of_one("linalg_eig", "self", lambda g, m, n: FLOPS["eigvals" if g.get("values_only") else "eig"](n))
+_of_one(
+    "_linalg_eigh", "A",
+    lambda g, m, n: FLOPS["eigh" if g["compute_v"] and not g.get("values_only") else "eigvalsh"](n),
+)  # fmt: skip
+_of_one(
+    "_linalg_svd", "A",
+    lambda g, m, n: svd_flops(m, n, g["compute_uv"] and not g.get("values_only"), g["full_matrices"]),
+)  # fmt: skip
+_of_one("linalg_qr", "A", lambda g, m, n: qr_flops(m, n, {"r": 0, "reduced": min(m, n), "complete": m}[g["mode"]]))
+_of_one("linalg_householder_product", "input", lambda g, m, n: FLOPS["householder_product"](m, n, g["tau"].shape[-1]))
+_of_one("linalg_lstsq", "self", _least_squares)
+_of_one("linalg_pinv", "self", _pseudoinverse)
 
 
 # -- systems of equations ------------------------------------------------------------------------------------------
 
-# Solutions by triangles: the arguments of the factors and of the right-hand sides, and the number of triangles.
-_TRIANGLES = {
-    "linalg_lu_solve": ("LU", "B", 2),
-    "cholesky_solve": ("input2", "self", 2),
-    "_cholesky_solve_helper": ("A", "self", 2),
-    "linalg_ldl_solve": ("LD", "B", 2),
-    "triangular_solve": ("A", "self", 1),
-    "linalg_solve_triangular": ("self", "B", 1),
-}
 
+def _of_triangles(name: str, factors: str, right: str, number: int) -> None:
+    """Register a solution by triangles: the arguments of the factors and of the right-hand sides, and their number."""
 
-def _of_triangles(factors: str, right: str, number: int) -> Callable[[Arguments], Product]:
     def formula(g: Arguments) -> Product:
         batch, n, columns = _right_sides(g[factors], g[right], g.get("left", True))
         return _product(batch * number * FLOPS["triangular_solve"](n, columns))
 
-    return formula
+    _register(name, formula)
 
 
-for _names, _solution in _TRIANGLES.items():
-    _register(_names, _of_triangles(*_solution))
+_of_triangles("linalg_lu_solve", "LU", "B", 2)
+_of_triangles("cholesky_solve", "input2", "self", 2)
+_of_triangles("_cholesky_solve_helper", "A", "self", 2)
+_of_triangles("linalg_ldl_solve", "LD", "B", 2)
+_of_triangles("triangular_solve", "A", "self", 1)
+_of_triangles("linalg_solve_triangular", "self", "B", 1)
 
 
 def _solution_by_lu(g: Arguments) -> Product:
