@@ -23,7 +23,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,10 +154,13 @@ def read_structured(path: str | os.PathLike[str]) -> StructuredFile:
         If the file is missing, damaged, not of :func:`save_structured` or of a newer version, or a structure does not
         exist or has other factors in this version.
     """
-    path = _named(path)
-    found = _header(path)
-    text = found["metadata"].pop(KEY, None)
-    found["metadata"].pop("format", None)
+    with _opened(path) as (path, file):
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # no iterator
+        shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        dtypes = {name: part.get_dtype() for name, part in slices.items()}
+        metadata = dict(file.metadata() or {})
+    text = metadata.pop(KEY, None)
+    metadata.pop("format", None)
     if text is None:
         raise PlainFileError(f"{path} does not describe structured layers; save_structured did not write it")
     try:
@@ -170,17 +174,14 @@ def read_structured(path: str | os.PathLike[str]) -> StructuredFile:
         check_layout(described)
         aliases, build, sha = (described.get(key) for key in ("aliases", "build", "sha256"))
         if not isinstance(aliases, dict) or not all(
-            key not in found["shapes"] and value in found["shapes"] for key, value in aliases.items()
+            key not in shapes and value in shapes for key, value in aliases.items()
         ):
             raise ValueError(f"aliases must name tensors of the file, got {aliases!r}")
         if not isinstance(build, dict | None) or not isinstance(sha, str):
             raise ValueError(f"build must be an object or null and sha256 a string, got {build!r} and {sha!r}")
     except (RecursionError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
-    return StructuredFile(
-        described["layers"], described["linear"], aliases, sha, build, found["shapes"], found["dtypes"],
-        found["metadata"],
-    )  # fmt: skip
+    return StructuredFile(described["layers"], described["linear"], aliases, sha, build, shapes, dtypes, metadata)
 
 
 def load_structured(
@@ -277,16 +278,8 @@ def check_entries(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Non
 
 def read_tensors(path: str | os.PathLike[str], sha256: str | None = None) -> dict[str, Tensor]:
     """Return the tensors of a .safetensors file, on the CPU; ValueError if it is damaged or the checksum differs."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = _named(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    with _opened(path) as (_, file):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no iterator
     if sha256 is not None and digest(tensors) != sha256:
         raise ValueError("the file is damaged: the checksum of its tensors differs from the one in the file")
     return tensors
@@ -309,19 +302,17 @@ def _named(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _header(path: Path) -> dict[str, Any]:
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Any]]:
+    """Open a file; FileNotFoundError if it is missing, ValueError if it is damaged."""
     from safetensors import SafetensorError, safe_open
 
+    path = _named(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
         with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # no iterator
-            return {
-                "metadata": dict(file.metadata() or {}),
-                "shapes": {name: tuple(part.get_shape()) for name, part in slices.items()},
-                "dtypes": {name: part.get_dtype() for name, part in slices.items()},
-            }
+            yield path, file
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
