@@ -192,14 +192,14 @@ def _run(
         generator = torch.Generator().manual_seed(seed)
         targets = torch.randint(logits.shape[-1], logits.shape[:-1], generator=generator)
         before = dict(noted)
-        found = {name: [_rms(x)] for name, x in before.items()}
+        found = {name: [rms_of(x)] for name, x in before.items()}
         for _ in range(steps):
             updates.zero_grad()
             F.cross_entropy(logits.flatten(0, -2), targets.flatten()).backward()
             updates.step()
             logits = logits_of(model, inputs)
             for name, x in before.items():
-                found[name].append(_rms(noted[name] - x))
+                found[name].append(rms_of(noted[name] - x))
     for name, values in found.items():
         if not all(map(math.isfinite, values)):
             raise ValueError(f"the outputs of {name} are not finite at width {width} and rate {lr:g}; try a lower lr")
@@ -261,7 +261,8 @@ def _outputs(model: nn.Module) -> Any:
             handle.remove()
 
 
-def _rms(x: Tensor) -> float:
+def rms_of(x: Tensor) -> float:
+    """Return the root of the mean square of all entries, in float64."""
     return float(x.double().square().mean().sqrt())
 
 

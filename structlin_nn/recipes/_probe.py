@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from structlin_nn.scale_check import rms_of
 from structlin_nn.torch import StructuredExperts, StructuredLinear
 
 
@@ -33,7 +34,7 @@ class Probe:
     def after_step(self) -> None:
         before, self._features = self._features, None
         if before is not None and (after := self._run()) is not None:
-            self.total += _rms(after - before)
+            self.total += rms_of(after - before)
             self.count += 1
 
     def statistics(self) -> dict[str, Any]:
@@ -51,8 +52,8 @@ class Probe:
 
         def note(name: str) -> Callable[..., None]:
             def hook(layer: StructuredLinear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                size = _rms(inputs[0])
-                gains[name] = _rms(output if layer.bias is None else output - layer.bias) / size if size else None
+                size = rms_of(inputs[0])
+                gains[name] = rms_of(output if layer.bias is None else output - layer.bias) / size if size else None
 
             return hook
 
@@ -63,7 +64,7 @@ class Probe:
             for handle in handles:
                 handle.remove()
         found = {
-            "feature_rms": None if features is None else _rms(features),
+            "feature_rms": None if features is None else rms_of(features),
             "feature_change": self.total / self.count if self.count else None,
             "measured_steps": self.count,
             "gains": gains,
@@ -96,8 +97,3 @@ class Probe:
         finally:
             self.model.train(was_training)
         return seen[0] if seen else None
-
-
-def _rms(x: Tensor) -> float:
-    """Return the root of the mean square of all entries, in float64."""
-    return float(x.double().square().mean().sqrt())
