@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -238,7 +239,6 @@ def logits_of(model: nn.Module, inputs: Any) -> Tensor:
 def _outputs(model: nn.Module) -> Any:
     """Collect the last output of every called layer, by name."""
     noted: dict[str, Tensor] = {}
-    handles = []
     # The rows of a layer of experts are sorted by expert, which can change in a step. Those of all layers are not.
     layers = [
         (name, module) for name, module in model.named_modules()
@@ -246,19 +246,16 @@ def _outputs(model: nn.Module) -> Any:
     ]  # fmt: skip
     if not layers:
         raise ValueError("the model has no linear layer, convolution or embedding to measure")
-    for name, module in layers:
 
-        def note(_: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
-            if name == layers[-1][0]:
-                noted[f"{name} (input)"] = inputs[0].detach()
-            noted[name] = output.detach()
+    def note(name: str, _: nn.Module, inputs: Any, output: Tensor) -> None:
+        if name == layers[-1][0]:
+            noted[f"{name} (input)"] = inputs[0].detach()
+        noted[name] = output.detach()
 
-        handles.append(module.register_forward_hook(note))
-    try:
+    with ExitStack() as stack:
+        for name, module in layers:
+            stack.callback(module.register_forward_hook(partial(note, name)).remove)
         yield noted
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def rms_of(x: Tensor) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,19 +52,14 @@ class Probe:
         layers = {n: m for n, m in self.model.named_modules() if isinstance(m, StructuredLinear)}
         layers = {n: m for n, m in layers.items() if not isinstance(m, StructuredExperts)}
 
-        def note(name: str) -> Callable[..., None]:
-            def hook(layer: StructuredLinear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                size = rms_of(inputs[0])
-                gains[name] = rms_of(output if layer.bias is None else output - layer.bias) / size if size else None
+        def note(name: str, layer: StructuredLinear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            size = rms_of(inputs[0])
+            gains[name] = rms_of(output if layer.bias is None else output - layer.bias) / size if size else None
 
-            return hook
-
-        handles = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
-        try:
+        with ExitStack() as stack:
+            for name, layer in layers.items():
+                stack.callback(layer.register_forward_hook(partial(note, name)).remove)
             features = self._run()
-        finally:
-            for handle in handles:
-                handle.remove()
         found = {
             "feature_rms": None if features is None else rms_of(features),
             "feature_change": self.total / self.count if self.count else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -110,21 +111,18 @@ def gather(
     def after(layer: nn.Module, args: tuple[Any, ...], y: Any) -> None:
         read.inside.discard(layers[layer])
 
-    modes = [(module, module.training) for module in model.modules()]
-    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in found]
-    handles += [layer.register_forward_hook(after, always_call=True) for layer in found]
     batches = 0
-    try:
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+        for layer in found:
+            stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(layer.register_forward_hook(after, always_call=True).remove)
         model.eval()
         with torch.no_grad(), read:
             for batch in calibration:
                 (forward or call)(model, batch)
                 batches += 1
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes:
-            module.training = mode
     if not batches:
         raise ValueError("calibration has no batches; give one batch of inputs or more")
     if missing := [layers[layer] for layer, own in found.items() if not any(one.vectors for one in own)]:
