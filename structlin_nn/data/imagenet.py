@@ -269,7 +269,7 @@ class ImageNetData:
                     yield [(step // steps, row) for row in part.tolist()]
 
         samples = _Samples(self.splits["train"], recipe.transform(), recipe.size, seed)
-        return iter(_Batches(_loader(samples, chosen(), workers, pin_memory), 3))
+        return iter(_Batches(samples, chosen(), 3, workers, pin_memory))
 
     def val_batches(
         self, batch_size: int, *, size: int = 224, rank: int = 0, world_size: int = 1,
@@ -294,7 +294,7 @@ class ImageNetData:
         make = _timm("transforms_factory").transforms_imagenet_eval
         view = make(natural("size", size, 1), crop_pct=0.875, interpolation="bicubic", use_prefetcher=True)
         samples = _Samples(self.splits["val"], view, size, None)
-        return _Batches(_loader(samples, chosen, workers, pin_memory, persistent_workers=workers > 0), 2)
+        return _Batches(samples, chosen, 2, workers, pin_memory, persistent_workers=workers > 0)
 
 
 def open_imagenet(
@@ -400,26 +400,21 @@ def _collate(samples: list[Any]) -> Any:
     return default_collate(samples) if wrong is None else wrong
 
 
-def _loader(samples: _Samples, chosen: Any, workers: int, pin_memory: bool, **options: Any) -> DataLoader:
-    # A generator of its own, because a loader draws from torch's global one otherwise.
-    return DataLoader(
-        samples, batch_sampler=chosen, num_workers=natural("workers", workers), collate_fn=_collate,
-        pin_memory=pin_memory, generator=torch.Generator().manual_seed(0), **options,
-    )  # fmt: skip
+class _Batches(DataLoader):
+    """The batches of `chosen` samples, by their first `fields`; ValueError for a message in place of a batch."""
 
+    def __init__(
+        self, samples: _Samples, chosen: Any, fields: int, workers: int, pin_memory: bool, **options: Any
+    ) -> None:
+        # A generator of its own, because a loader draws from torch's global one otherwise.
+        super().__init__(
+            samples, batch_sampler=chosen, num_workers=natural("workers", workers), collate_fn=_collate,
+            pin_memory=pin_memory, generator=torch.Generator().manual_seed(0), **options,
+        )  # fmt: skip
+        self.fields = fields
 
-@dataclass
-class _Batches:
-    """The batches of a loader, by their first `fields`; ValueError for a message in place of a batch."""
-
-    loader: DataLoader
-    fields: int
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.loader:
+    def __iter__(self) -> Any:
+        for batch in super().__iter__():
             if isinstance(batch, str):
                 raise ValueError(batch)
             yield tuple(batch[: self.fields])

@@ -320,9 +320,9 @@ class TestValidation:
         data = open_imagenet(image_tree)
         batches = data.val_batches(4, size=16, workers=1)
         first = list(batches)
-        workers = batches.loader._iterator
+        workers = batches._iterator
         assert same(first, list(batches))
-        assert batches.loader._iterator is workers, "they serve all evaluations"
+        assert batches._iterator is workers, "they serve all evaluations"
         assert [len(labels) for _, labels in first] == [4, 4, 1]
         assert torch.cat([labels for _, labels in first]).tolist() == data.splits["val"].labels.tolist()
         image = decode(data.splits["val"].read(0), "x")
