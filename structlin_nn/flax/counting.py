@@ -347,10 +347,34 @@ class JaxCount:
 
 def _walk(jaxpr: Any) -> JaxCount:
     """Count a jaxpr, with those inside of its equations."""
-    found = JaxCount(Counter(), uncounted_ops=Counter(), unknown_ops=Counter())
+    total = JaxCount(Counter(), uncounted_ops=Counter(), unknown_ops=Counter())
     for equation in jaxpr.eqns:
-        _add_equation(found, equation)
-    return found
+        name, parameters = equation.primitive.name, equation.params
+        if (formula := _FORMULAS.get(name)) is not None:
+            work = formula(equation)
+            total.products[name] += work.macs
+            total.other_flops += work.other_flops
+        elif name == "scan":
+            _add(total, _walk(parameters["jaxpr"]), parameters["length"])
+        elif name == "while":
+            inside = [_walk(parameters[key]) for key in ("body_jaxpr", "cond_jaxpr")]
+            if any(one.products or one.unbounded for one in inside):
+                total.unbounded += (sum(one.macs for one in inside), *inside[0].unbounded, *inside[1].unbounded)
+            total.uncounted_ops[name] += 1
+        elif name == "cond":
+            # Only one branch runs; the one with the most MACs is counted.
+            _add(total, max(map(_walk, parameters["branches"]), key=lambda one: one.macs))
+        elif name == "custom_linear_solve":
+            _add(total, _walk(parameters["jaxprs"].solve))  # the others are its derivatives and checks
+        elif inner := list(_inner(parameters)):
+            # Of custom derivatives the function alone.
+            for one in inner[:1] if "custom_jvp" in name or "custom_vjp" in name else inner:
+                _add(total, _walk(one))
+        elif classify(name) == UNKNOWN:
+            total.unknown_ops[name] += 1
+        elif name not in FREE:
+            total.uncounted_ops[name] += 1
+    return total
 
 
 def _add(total: JaxCount, more: JaxCount, times: int = 1) -> None:
@@ -362,41 +386,10 @@ def _add(total: JaxCount, more: JaxCount, times: int = 1) -> None:
     total.unbounded += more.unbounded
 
 
-def _add_equation(total: JaxCount, equation: Any) -> None:
-    name, parameters = equation.primitive.name, equation.params
-    if (formula := _FORMULAS.get(name)) is not None:
-        work = formula(equation)
-        total.products[name] += work.macs
-        total.other_flops += work.other_flops
-    elif name == "scan":
-        _add(total, _walk(parameters["jaxpr"].jaxpr), parameters["length"])
-    elif name == "while":
-        inside = [_walk(parameters[key].jaxpr) for key in ("body_jaxpr", "cond_jaxpr")]
-        if any(one.products or one.unbounded for one in inside):
-            total.unbounded += (sum(one.macs for one in inside), *inside[0].unbounded, *inside[1].unbounded)
-        total.uncounted_ops[name] += 1
-    elif name == "cond":
-        # Only one branch runs; the one with the most MACs is counted.
-        _add(total, max((_walk(branch.jaxpr) for branch in parameters["branches"]), key=lambda one: one.macs))
-    elif name == "custom_linear_solve":
-        _add(total, _walk(parameters["jaxprs"].solve.jaxpr))  # the others are its derivatives and checks
-    elif inner := list(_inner(parameters)):
-        # Of custom derivatives the function alone.
-        for jaxpr in inner[:1] if "custom_jvp" in name or "custom_vjp" in name else inner:
-            _add(total, _walk(jaxpr))
-    elif classify(name) == UNKNOWN:
-        total.unknown_ops[name] += 1
-    elif name not in FREE:
-        total.uncounted_ops[name] += 1
-
-
 def _inner(parameters: dict[str, Any]) -> Any:
     for value in parameters.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, core.ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, core.Jaxpr):
-                yield item
+        items = value if isinstance(value, tuple | list) else (value,)
+        yield from (item for item in items if isinstance(item, core.ClosedJaxpr | core.Jaxpr))
 
 
 def count(
