@@ -48,21 +48,22 @@ def open_named(text: str, *, device: str | None = "meta", **options: Any) -> nn.
     kind, colon, rest = text.partition(":")
     if not colon or not rest or not kind:
         raise ValueError(f"a model is {FORMS}, got {text!r}")
-    makers = {"timm": _timm, "hf": _transformers}
-    with torch.device(device) if device is not None else torch.device(torch.get_default_device()):
-        model = makers[kind](rest, options) if kind in makers else _own(text, options)
+    with torch.device(device or torch.get_default_device()):
+        if kind == "timm":
+            import timm
+
+            known = timm.list_models()
+            if rest.partition(".")[0] not in known:
+                raise ValueError(f"timm has no model {rest!r}{suggestion(rest, known)}")
+            model: Any = timm.create_model(rest, **options)
+        elif kind == "hf":
+            model = _transformers(rest, options)
+        else:
+            found = own_function(text)
+            model = found if isinstance(found, nn.Module) else found(**options)
     if not isinstance(model, nn.Module):
         raise TypeError(f"{text} must give a torch.nn.Module, got a {type(model).__name__}")
     return model
-
-
-def _timm(name: str, options: dict[str, Any]) -> Any:
-    import timm
-
-    known = timm.list_models()
-    if name.partition(".")[0] not in known:
-        raise ValueError(f"timm has no model {name!r}{suggestion(name, known)}")
-    return timm.create_model(name, **options)
 
 
 def _transformers(name: str, options: dict[str, Any]) -> Any:
@@ -70,7 +71,6 @@ def _transformers(name: str, options: dict[str, Any]) -> Any:
     from transformers.models.auto import configuration_auto
 
     known = configuration_auto.CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
-
     folder = Path(name)
     if (folder / "config.json").is_file() or folder.name == "config.json":
         config = transformers.AutoConfig.from_pretrained(name, **options)
@@ -89,11 +89,6 @@ def _transformers(name: str, options: dict[str, Any]) -> Any:
         if type(config) in kind._model_mapping:
             return kind.from_config(config)
     raise ValueError(f"transformers has no model for a configuration of type {name!r}")
-
-
-def _own(path: str, options: dict[str, Any]) -> Any:
-    found = own_function(path)
-    return found if isinstance(found, nn.Module) else found(**options)
 
 
 def own_function(path: str) -> Callable[..., Any]:
