@@ -203,10 +203,6 @@ class Task:
             self._problems = [Problem(matrix, c) for matrix, c in zip(matrices, damped, strict=True)]
         return self._problems
 
-    def release(self) -> None:
-        """Free the arrays that are at least as large as the weight."""
-        self._problems = self.moments = None
-
     def named(self, error: Exception) -> Exception:
         """Return an error with the name of the layer."""
         return type(error)(f"layer {self.names[0]!r} ({self.shape[1]} -> {self.shape[0]}): {error}")
@@ -259,7 +255,10 @@ class Choice:
                 if self.by_layer:
                     self.forms.append(Forms.of(str(self.structure), task.shape, self.options))
                 else:
-                    self.fixed.append(self._given(task))
+                    made = self.structure
+                    if not isinstance(made, str | AbstractStructure):
+                        made = made(task.names[0], task.linear)
+                    self.fixed.append(structure_of(made, task.shape, self.options))
                 tasks.append(task)
             except (TypeError, ValueError) as error:
                 if isinstance(error, TypeError) or isinstance(self.structure, AbstractStructure):
@@ -290,12 +289,6 @@ class Choice:
             return (task.experts or 1) * (math.prod(task.shape) if structure is None else structure.num_params)
         return (task.dense_macs if structure is None else structure.macs) * len(task.names)
 
-    def _given(self, task: Task) -> AbstractStructure:
-        made = self.structure
-        if not isinstance(made, str | AbstractStructure):
-            made = made(task.names[0], task.linear)
-        return structure_of(made, task.shape, self.options)
-
     def run(
         self, tasks: Sequence[Task], damping: float, settings: Settings, layer_options: Mapping[str, Any]
     ) -> list[Made]:
@@ -307,7 +300,7 @@ class Choice:
                 made.append(self._project(place, task, picked[place], damping, settings, layer_options))
             except (TypeError, ValueError) as error:
                 raise task.named(error) from error
-            task.release()
+            task._problems = task.moments = None  # arrays that are at least as large as the weight
         return made
 
     def _shared_out(self, tasks: Sequence[Task], damping: float) -> list[int]:
@@ -426,14 +419,12 @@ def _line(task: Task, new: StructuredLinear | None, choice: dict[str, Any], reas
     def ratio(error: float, scale: float) -> float:
         return math.sqrt(max(0.0, error) / scale) if scale > 0 else (0.0 if error <= 0 else math.inf)
 
-    def square(x: np.ndarray) -> float:
-        return float(np.linalg.norm(x)) ** 2
-
     output = None
     if (c := task.moments) is not None:
         c = c.reshape(-1, *c.shape[-2:])
         output = ratio(*(float(np.vdot(x, x @ c).real) for x in (differences, matrices)))
+    weight = ratio(*(float(np.linalg.norm(x)) ** 2 for x in (differences, matrices)))
     return LayerProjection(
-        task.names, task.shape, new.structure, choice, ratio(square(differences), square(matrices)), output,
-        before, sum(p.numel() for p in new.parameters()), task.dense_macs, new.structure.macs, experts=task.experts,
+        task.names, task.shape, new.structure, choice, weight, output, before,
+        sum(p.numel() for p in new.parameters()), task.dense_macs, new.structure.macs, experts=task.experts,
     )  # fmt: skip
