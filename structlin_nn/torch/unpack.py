@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from structlin_nn.torch._modules import changed, check_model, places_of, put
+from structlin_nn.torch._modules import changed, check_model, dense_layer, places_of, put
 from structlin_nn.torch._roles import experts
-from structlin_nn.torch.experts import ExpertLinear
 from structlin_nn.torch.linear import StructuredLinear
 
 __all__ = ["Attention", "ExpertLayers", "pack_linear", "unpack_linear"]
@@ -53,16 +52,13 @@ def _copied(value: Tensor, trained: bool) -> nn.Parameter:
     return nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format), trained)
 
 
-def _filled(layer: Any, weight: Tensor, bias: Tensor | None, like: Tensor) -> nn.Module:
-    layer.weight = _copied(weight, like.requires_grad)
+def _layer(experts: int | None, weight: Tensor, bias: Tensor | None, like: Tensor) -> nn.Module:
+    """Return a linear layer, or those of experts, with copies of these values."""
+    made: Any = dense_layer(experts, weight.shape[-1], weight.shape[-2], bias is not None, weight.dtype)
+    made.weight = _copied(weight, like.requires_grad)
     if bias is not None:
-        layer.bias = _copied(bias, like.requires_grad)
-    return layer
-
-
-def _linear(weight: Tensor, bias: Tensor | None, like: Tensor) -> nn.Module:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=weight.dtype)
-    return _filled(made, weight, bias, like)
+        made.bias = _copied(bias, like.requires_grad)
+    return made
 
 
 class ExpertLayers(_Unpacked):
@@ -86,9 +82,7 @@ class ExpertLayers(_Unpacked):
         self._forms = experts(packed)
         for name, form in self._forms.items():
             weight, bias = packed.get_parameter(name), packed._parameters.get(f"{name}_bias")
-            sizes = form.number, form.fan_in, form.fan_out
-            layer = ExpertLinear(*sizes, bias is not None, device="meta", dtype=weight.dtype)
-            self.add_module(name, _filled(layer, weight.mT if form.transposed else weight, bias, weight))
+            self.add_module(name, _layer(form.number, weight.mT if form.transposed else weight, bias, weight))
 
     def packed(self) -> nn.Module:
         """Return the module with packed parameters that has the values of these layers."""
@@ -151,8 +145,8 @@ class Attention(_Unpacked):
         for number, name in enumerate(("q_proj", "k_proj", "v_proj")):
             held = packed.in_proj_weight if self._qkv_same_embed_dim else packed.get_parameter(f"{name}_weight")
             weight = held.chunk(3)[number] if self._qkv_same_embed_dim else held
-            self.add_module(name, _linear(weight, bias[number], held))
-        self.out_proj: Any = _linear(packed.out_proj.weight, packed.out_proj.bias, packed.out_proj.weight)
+            self.add_module(name, _layer(None, weight, bias[number], held))
+        self.out_proj: Any = _layer(None, packed.out_proj.weight, packed.out_proj.bias, packed.out_proj.weight)
 
     def packed(self) -> nn.Module:
         """Return the nn.MultiheadAttention that has the values of these layers."""
