@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -145,11 +146,7 @@ def matrices(module: nn.Module) -> dict[str, Matrices]:
     elif packed := experts(module):
         for name, e in packed.items():
             found[name] = Matrices((0, 2, 1) if e.transposed else (0, 1, 2), e.number, e.fan_out, e.fan_in)
-    parameters = {
-        **dict(module.named_parameters(recurse=False)),
-        **({f"factors.{n}": p for n, p in enumerate(module.factors)} if isinstance(module, StructuredLinear) else {}),
-    }
-    return {name: m for name, m in found.items() if m is not None and not parameters[name].is_complex()}
+    return {name: m for name, m in found.items() if m is not None and not attrgetter(name)(module).is_complex()}
 
 
 def kind(module: nn.Module, name: str, parameter: Tensor) -> str | None:
