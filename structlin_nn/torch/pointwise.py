@@ -58,12 +58,12 @@ class StructuredPointwise(StructuredLinear):
     def _eager(self, x: Tensor) -> Tensor:
         """Apply the layer: (batch, in, ...) -> (batch, out, ...), or without the batch axis."""
         axes = len(self.stride)
-        if isinstance(x, Tensor) and x.ndim not in (axes + 1, axes + 2):
+        if not isinstance(x, Tensor):
+            return super()._eager(x)  # type: ignore[unreachable]
+        if x.ndim not in (axes + 1, axes + 2):
             raise ValueError(
                 f"the input must have a batch, channels and {axes} axes of positions, got shape {tuple(x.shape)}"
             )
-        if not isinstance(x, Tensor):
-            return super()._eager(x)  # type: ignore[unreachable]
         if any(step > 1 for step in self.stride):
             places: Any = (..., *(slice(None, None, step) for step in self.stride))
             x = x[places]
