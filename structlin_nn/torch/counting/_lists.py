@@ -299,9 +299,10 @@ def classify_name(name: str) -> str:
     if not overloads:
         return UNKNOWN
     tagged = {tag for overload in overloads for tag in overload.tags}
-    if torch.Tag.pointwise in tagged or getattr(torch.Tag, "reduction", None) in tagged:
+    if torch.Tag.pointwise in tagged or torch.Tag.reduction in tagged:
         return NO_PRODUCT
-    if all(overload.is_view for overload in overloads) or not any(map(_reads_tensors, overloads)):
+    read = [a for overload in overloads for a in overload._schema.arguments if not a.is_out]
+    if all(overload.is_view for overload in overloads) or not any("Tensor" in str(a.type) for a in read):
         return NO_PRODUCT
     if all(map(_is_composite, overloads)):
         return COMPOSITE
@@ -330,7 +331,3 @@ def _is_composite(overload: Any) -> bool:
         return False
     key = torch._C.DispatchKey.CompositeImplicitAutograd
     return key in overload.py_kernels or torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), key)
-
-
-def _reads_tensors(overload: Any) -> bool:
-    return any("Tensor" in str(argument.type) for argument in overload._schema.arguments if not argument.is_out)
