@@ -14,6 +14,7 @@ from typing import Any
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import structlin
 from structlin_nn._rates import check_number
@@ -147,7 +148,7 @@ class StructuredAdapterConfig(LoraConfig):
                 f"structure {self.structure!r} has no option {', '.join(unknown)}; its options are {', '.join(known)}"
             )
         check_number(self.scale, "scale")
-        self._register_custom_module(dict.fromkeys(_bases(), StructuredAdapter))
+        self._register_custom_module(dict.fromkeys((StructuredLinear, nn.Linear, Conv1D), StructuredAdapter))
 
 
 def lora_config(**options: Any) -> LoraConfig:
@@ -164,9 +165,3 @@ def lora_config(**options: Any) -> LoraConfig:
     config = LoraConfig(**options)
     config._register_custom_module({StructuredLinear: LoraOnStructured})
     return config
-
-
-def _bases() -> tuple[type[nn.Module], ...]:
-    from transformers.pytorch_utils import Conv1D
-
-    return StructuredLinear, nn.Linear, Conv1D
