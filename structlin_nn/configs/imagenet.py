@@ -10,16 +10,15 @@ Paper:     top-1 validation error: dense 80: 50.9, 192: 32.6, 384: 28.6; Block T
 Result:    ``val_error`` of the last evaluation.
 """
 
-from structlin_nn.sweeps import Sweep, grid, merge
+from structlin_nn.sweeps import Sweep
 
-
-def _btt(rank: int) -> list[dict[str, object]]:
-    return [{"structure": "block_tensor_train", "options": {"rank": rank, "factorization": "greedy"}}]
-
-
-def _monarch(blocks: int) -> list[dict[str, object]]:
-    return [{"structure": "monarch", "options": {"blocks": blocks}}]
-
+RUNS: tuple[tuple[str, dict[str, object], tuple[int, ...]], ...] = (
+    ("dense", {}, (80, 192, 384)),
+    ("block_tensor_train", {"rank": 1, "factorization": "greedy"}, (256, 784, 1936)),
+    ("block_tensor_train", {"rank": 2, "factorization": "greedy"}, (144, 484, 1296)),
+    ("monarch", {"blocks": 4}, (140, 316, 632)),
+    ("monarch", {"blocks": 16}, (632, 1264)),
+)
 
 SWEEP = Sweep(
     name="imagenet",
@@ -27,11 +26,5 @@ SWEEP = Sweep(
     model="imagenet-vit",
     data="ImageNet",
     base={"base_expansion": 1},  # as the paper's code
-    overlays=[
-        *merge([{"structure": "dense"}], grid(width=(80, 192, 384))),
-        *merge(_btt(1), grid(width=(256, 784, 1936))),
-        *merge(_btt(2), grid(width=(144, 484, 1296))),
-        *merge(_monarch(4), grid(width=(140, 316, 632))),
-        *merge(_monarch(16), grid(width=(632, 1264))),
-    ],
+    overlays=[{"structure": name, "options": own, "width": w} for name, own, widths in RUNS for w in widths],
 )
