@@ -244,9 +244,7 @@ def plan_of(
     counted = costs.measured(choice)
     return ModelPlan(
         costs.name, costs.structure, {**costs.options, **dict(choice.options)}, choice.width, costs.depth_of(choice),
-        planned, counted["forward_macs"], counted["training_macs"], counted["params"], counted["bytes"],
-        counted["training_flops"], counted["step_seconds"], counted["run_seconds"],
-        max(counted[r] / b for r, b in budgets.items()), after,
+        planned, **counted, share=max(counted[r] / b for r, b in budgets.items()), next=after,
     )  # fmt: skip
 
 
