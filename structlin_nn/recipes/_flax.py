@@ -95,7 +95,7 @@ class FlaxRun(Steps):
         self.params, self.rest = jax.device_put((nnx.as_pure(params), nnx.as_pure(rest)), self.device)
         self.moments = jax.device_put(self.tx.init(self.params), self.device)  # else the second step compiles again
         self.average = self.params if config.ema else None
-        self.sums, self.probe = np.zeros(3), Probe(twin, twin, probe, self.write_to_twin)
+        self.sums, self.probe = np.zeros(3), Probe(twin, self.call, probe)
         groups = parameter_groups(twin, base, lr=1.0, extra_multipliers=extra_multipliers, **aware)
         machine = hardware(config.threads or torch.get_num_threads(), self.device.platform)
         self.begin(
@@ -154,9 +154,10 @@ class FlaxRun(Steps):
 
         return take
 
-    def write_to_twin(self) -> None:
-        """Give the torch model the parameters."""
+    def call(self, *inputs: Any, **options: Any) -> Any:
+        """Return the forward pass of the torch model, with the current parameters."""
         self.twin.load_state_dict(to_torch(self.model(self.params)))
+        return self.twin(*inputs, **options)
 
     @contextmanager
     def evaluation(self) -> Any:

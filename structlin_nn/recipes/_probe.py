@@ -19,14 +19,12 @@ class Probe:
 
     Under the structure-aware rule these stay the same when the width grows (Qiu et al., *Compute Better Spent*, ICML
     2024, section 3 and figure 2a); under the naive rule the change per step shrinks or explodes. `call` runs the model
-    as evaluation does, after `prepare`. Features are those of a model with ``return_features``: (inputs) to (logits,
-    features), or, as in timm, the input of ``get_classifier``. For other models only gains are measured.
+    as evaluation does. Features are those of a model with ``return_features``: (inputs) to (logits, features), or, as
+    in timm, the input of ``get_classifier``. For other models only gains are measured.
     """
 
-    def __init__(
-        self, model: nn.Module, call: Callable[..., Any], inputs: Tensor, prepare: Callable[[], None] = lambda: None
-    ) -> None:
-        self.model, self.call, self.inputs, self.prepare = model, call, inputs, prepare
+    def __init__(self, model: nn.Module, call: Callable[..., Any], inputs: Tensor) -> None:
+        self.model, self.call, self.inputs = model, call, inputs
         self.total, self.count = 0.0, 0
         self._features: Tensor | None = None
 
@@ -76,7 +74,6 @@ class Probe:
 
     @torch.no_grad()
     def _run(self) -> Tensor | None:
-        self.prepare()
         was_training = self.model.training
         self.model.eval()
         seen: list[Tensor] = []
