@@ -84,12 +84,6 @@ _COMPOSITE_TEXT = """
 """
 _COMPOSITE = frozenset(_COMPOSITE_TEXT.split())
 
-# The jaxpr does not show the cost of these, or it depends on the positions of the values of two sparse arrays.
-_UNKNOWN_TEXT = """
-    bcoo_spdot_general call_exported custom_lin ffi_call io_callback pallas_call pure_callback spsolve
-"""
-KNOWN_UNKNOWN = frozenset(_UNKNOWN_TEXT.split())
-
 _FORMULAS: dict[str, Callable[[Any], Work]] = {}
 _REGISTERED_FREE: set[str] = set()
 

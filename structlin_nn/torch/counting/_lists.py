@@ -152,12 +152,6 @@ _NAMED_TEXT = """
 """
 _NAMED = frozenset(_NAMED_TEXT.split())
 
-# Operations that compute products and have no formula here.
-_KNOWN_UNKNOWN = frozenset({
-    "_cslt_sparse_mm_search", "_lstm_mps", "_spsolve", "_triton_multi_head_attention", "_triton_scaled_dot_attention",
-    "lstm_mps_backward", "quantized_gru", "quantized_lstm",
-})  # fmt: skip
-
 
 def register_product(name: str) -> Callable[[Formula], Formula]:
     """Register the formula of an operation; use as a decorator.
@@ -289,11 +283,8 @@ def classify_name(name: str) -> str:
     if name in _REGISTERED_FREE or namespace in _FREE_NAMESPACES:
         return NO_PRODUCT
     overloads = _overloads(namespace, plain)
-    if namespace == "aten":
-        if plain in _KNOWN_UNKNOWN:
-            return UNKNOWN
-        if plain in _NAMED or _FAMILIES.fullmatch(plain):
-            return NO_PRODUCT
+    if namespace == "aten" and (plain in _NAMED or _FAMILIES.fullmatch(plain)):
+        return NO_PRODUCT
     if namespace in ("quantized", "_quantized") and _QUANTIZED.fullmatch(plain):
         return NO_PRODUCT
     if not overloads:

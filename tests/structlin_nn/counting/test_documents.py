@@ -12,8 +12,11 @@ from typing import Any
 import operations_table
 import pytest
 
-from structlin_nn.flax import counting
-
+# The jaxpr does not show the cost of these, or it depends on the positions of the values of two sparse arrays.
+UNKNOWN = {
+    "bcoo_spdot_general", "call_exported", "custom_lin", "ffi_call", "io_callback", "pallas_call", "pure_callback",
+    "spsolve",
+}  # fmt: skip
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 
 
@@ -44,7 +47,7 @@ def test_lists_of_operations(registered: dict[str, Any]) -> None:
 def test_every_primitive_is_in_a_list(registered: dict[str, Any]) -> None:
     """An unlisted primitive of a new version of jax fails here."""
     assert registered["number"] > 250
-    assert set(registered["unknown"]) <= counting.KNOWN_UNKNOWN
+    assert set(registered["unknown"]) <= UNKNOWN
 
 
 def test_macs_of_the_scaling_laws() -> None:
