@@ -174,11 +174,10 @@ def _structured(
     name: str, linear: nnx.Linear, structure: Any, rngs: nnx.Rngs, options: Mapping[str, Any]
 ) -> StructuredLinear:
     sizes = linear.in_features, linear.out_features
-    metadata = {} if linear.bias is None else _kept_metadata(linear.bias)
     try:
         return StructuredLinear(
             *sizes, use_bias=linear.bias is not None, dtype=linear.dtype, param_dtype=linear.kernel.dtype,
-            structure=structure, bias_metadata=metadata, rngs=rngs, **options,
+            structure=structure, bias_metadata=_kept_metadata(linear.bias), rngs=rngs, **options,
         )  # fmt: skip
     except (TypeError, ValueError) as error:
         raise type(error)(f"layer {name!r} ({sizes[0]} -> {sizes[1]}): {error}") from error
@@ -189,10 +188,9 @@ def _dense(name: str, layer: StructuredLinear) -> nnx.Linear:
     if stacked := [factor.shape for factor, shape in zip(layer.factors, shapes, strict=True) if factor.shape != shape]:
         raise ValueError(f"layer {name!r} has a factor of shape {stacked[0]}, stacked by nnx.vmap; call "
                          "to_dense_linear in the function that nnx.vmap maps")  # fmt: skip
-    metadata = {} if layer.bias is None else _kept_metadata(layer.bias)
     made = nnx.Linear(
         layer.in_features, layer.out_features, use_bias=layer.bias is not None, dtype=layer.dtype,
-        param_dtype=layer.param_dtype, bias_metadata=metadata, rngs=nnx.Rngs(0),
+        param_dtype=layer.param_dtype, bias_metadata=_kept_metadata(layer.bias), rngs=nnx.Rngs(0),
         kernel_init=lambda *_: jnp.asarray(layer.operator.to_dense().T, layer.param_dtype),
     )  # fmt: skip
     if layer.bias is not None and made.bias is not None:
@@ -200,9 +198,10 @@ def _dense(name: str, layer: StructuredLinear) -> nnx.Linear:
     return made
 
 
-def _kept_metadata(variable: nnx.Variable) -> dict[str, Any]:
-    """Return the metadata of a variable for its replacement, without entries on its storage."""
-    return {k: v for k, v in variable.get_metadata().items() if k not in ("hijax", "ref", "eager_sharding")}
+def _kept_metadata(variable: nnx.Variable | None) -> dict[str, Any]:
+    """Return the metadata of a variable, if there is one, for its replacement, without entries on its storage."""
+    known = {} if variable is None else variable.get_metadata()
+    return {k: v for k, v in known.items() if k not in ("hijax", "ref", "eager_sharding")}
 
 
 def _replaced(
@@ -219,7 +218,7 @@ def _replaced(
 
     def costs(layer: Any) -> tuple[int, int]:
         macs = layer.structure.macs if isinstance(layer, StructuredLinear) else layer.in_features * layer.out_features
-        return _size(layer), macs
+        return sum({id(v): v.size for v in variables(layer).values() if isinstance(v, nnx.Param)}.values()), macs
 
     rows = []
     for old, new in made.items():
@@ -227,7 +226,3 @@ def _replaced(
         (params, macs), (params_after, macs_after) = costs(old), costs(new)
         rows.append(Replacement(names[old], structure, params, params_after, macs, macs_after))
     return ReplacementReport(tuple(rows), skipped)
-
-
-def _size(module: nnx.Module) -> int:
-    return sum({id(v): v.size for v in variables(module).values() if isinstance(v, nnx.Param)}.values())
