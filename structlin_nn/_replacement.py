@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any, TypeVar
@@ -123,15 +124,10 @@ def matching(places: Mapping[Layer, Sequence[str]], patterns: Sequence[Pattern],
 
 def _is_repeated(names: Sequence[Sequence[str]]) -> bool:
     """Whether the last layer is one of a stack, as ``blocks.*.mlp.fc2``: another name differs in an inner number."""
-    last = names[-1][0].split(".")
-    for earlier in names[:-1]:
-        parts = earlier[0].split(".")
-        different = [i for i, (a, b) in enumerate(zip(parts, last, strict=False)) if a != b]
-        if len(parts) == len(last) and len(different) == 1:
-            (at,) = different
-            if at < len(last) - 1 and parts[at].isdigit() and last[at].isdigit():
-                return True
-    return False
+    *earlier, last = (own[0] for own in names)
+    inner = re.finditer(r"(?<![^.])\d+(?=\.)", last)
+    forms = [re.escape(last[: n.start()]) + r"\d+" + re.escape(last[n.end() :]) for n in inner]
+    return any(re.fullmatch(form, name) for form in forms for name in earlier)
 
 
 def select(
