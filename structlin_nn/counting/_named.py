@@ -323,12 +323,11 @@ def _run_lines(record: Mapping[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-# Name, structure and number of vectors of each layer.
-Layers = Iterable[tuple[str, Any, int]]
+def layer_traffic(layers: Iterable[tuple[str, Any, int]], on: Device, dtype: str) -> dict[str, Any]:
+    """Return the predicted traffic of chains in a training step on a GPU, by layer, and the sum of the seconds.
 
-
-def layer_traffic(layers: Layers, on: Device, dtype: str) -> dict[str, Any]:
-    """Return the predicted traffic of chains in a training step on a GPU, by layer, and the sum of the seconds."""
+    ``layers``: name, structure and number of vectors of each layer.
+    """
     from structlin.execution.traffic import fastest
 
     known: dict[Problem, dict[str, Any]] = {}
