@@ -63,6 +63,11 @@ def plan_layer(
     )
 
 
+def tuples(value: Any) -> Any:
+    """Return a value with its lists as tuples, at all levels."""
+    return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
+
+
 class PlannedLayer:
     """The part of a layer that follows from its plan, the same for every framework."""
 

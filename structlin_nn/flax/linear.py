@@ -14,7 +14,7 @@ from jax import Array
 
 from structlin._arrays import ops
 from structlin.structure import AbstractStructure, Structure
-from structlin_nn._layer import PlannedLayer, plan_layer
+from structlin_nn._layer import PlannedLayer, plan_layer, tuples
 
 __all__ = ["Index", "StructuredLinear"]
 
@@ -77,7 +77,7 @@ class StructuredLinear(PlannedLayer, nnx.Module):
             in_features, out_features, structure, options, rms_cap=rms_cap, gain=gain, rule=rule, zero_init=zero_init
         )
         self._plan = plan
-        self._options = tuple((name, _frozen(value)) for name, value in options.items())
+        self._options = tuple((name, tuples(value)) for name, value in options.items())  # part of the cache key of jit
         self.in_features, self.out_features = plan.structure.d_in, plan.structure.d_out
         self.use_bias, self.dtype, self.param_dtype = use_bias, dtype, param_dtype
         self.rule, self.zero_init, self.rms_cap = rule, zero_init, rms_cap
@@ -159,11 +159,6 @@ class StructuredLinear(PlannedLayer, nnx.Module):
         for name in ("factors", "gains", "bias"):
             if getattr(self, name) is not None:
                 yield nnx.reprlib.Attr(name, getattr(self, name))
-
-
-def _frozen(value: Any) -> Any:
-    """Return an option as a hashable value, because attributes of nnx modules are part of the cache key of jit."""
-    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
 def _shardings(

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 import structlin
 from structlin.structure import AbstractStructure, Structure
+from structlin_nn._layer import tuples
 from structlin_nn._patterns import listed
 from structlin_nn.torch._modules import (
     as_before,
@@ -89,10 +90,6 @@ def _plain(value: Any, layer: str, option: str) -> Any:
     raise ValueError(f"layer {layer!r}: option {option}={value!r} cannot be represented in JSON")
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value
-
-
 def check_layout(layout: Any) -> None:
     """Raise ValueError unless this is a layout of structures that exist and have factors of the stated shapes."""
     if not isinstance(layout, Mapping) or not {"layers", "linear"} <= layout.keys():
@@ -141,7 +138,7 @@ def _structure(form: Mapping[str, Any]) -> AbstractStructure:
         return made
     if form["structure"] not in structlin.structure_names():
         raise ValueError(f"structure {form['structure']!r} is not registered; import the module that registers it")
-    options = {name: _tuples(value) for name, value in form["options"].items()}
+    options = {name: tuples(value) for name, value in form["options"].items()}
     return structlin.design(form["structure"], shape, **options)
 
 
@@ -207,7 +204,7 @@ def _layer_at(
 
 
 def _structured(form: Mapping[str, Any], old: nn.Module) -> StructuredLinear:
-    options = {name: _tuples(value) for name, value in form["options"].items()} if form["structure"] else {}
+    options = {name: tuples(value) for name, value in form["options"].items()} if form["structure"] else {}
     return structured_kind(old)(
         form["in_features"], form["out_features"], form["bias"], device="meta", dtype=_dtype(old),
         structure=form["structure"] or _structure(form), rms_cap=form["rms_cap"],
