@@ -14,11 +14,12 @@ import sys
 import threading
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from types import FrameType
+from traceback import walk_stack
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -41,28 +42,21 @@ from structlin_nn.torch.counting._result import CallCount
 from structlin_nn.torch.linear import StructuredLinear
 
 
-def _tracing_on_meta(is_tracing: Callable[..., bool]) -> Callable[..., bool]:
-    return lambda tensor=None: getattr(tensor, "is_meta", False) or is_tracing(tensor)
-
-
-_REPLACEMENTS: dict[tuple[str, str], Callable[[Any], Any]] = {
-    # Without torch.compile, flex_attention compiles itself, which torch does not support under a dispatch mode.
-    ("torch.nn.attention.flex_attention", "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"): lambda before: True,
-    # transformers reads the values of a padding mask, unless it is traced; a mask on the meta device has none.
-    ("transformers.masking_utils", "is_tracing"): _tracing_on_meta,
-}
-
-
 @contextmanager
-def adapted_libraries() -> Iterator[None]:
+def _adapted_libraries() -> Iterator[None]:
     """Adapt the libraries that are imported, and restore them afterwards."""
     with ExitStack() as stack:
-        for (name, attribute), replacement in _REPLACEMENTS.items():
-            module = sys.modules.get(name)
-            if module is not None and hasattr(module, attribute):
-                before = getattr(module, attribute)
-                stack.callback(setattr, module, attribute, before)
-                setattr(module, attribute, replacement(before))
+        # Without torch.compile, flex_attention compiles itself, which torch does not support under a dispatch mode.
+        flex, name = sys.modules.get("torch.nn.attention.flex_attention"), "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
+        if hasattr(flex, name):
+            stack.enter_context(patch.object(flex, name, True))
+        # transformers reads the values of a padding mask, unless it is traced; a mask on the meta device has none.
+        masking: Any = sys.modules.get("transformers.masking_utils")
+        if hasattr(masking, "is_tracing"):
+            traced = masking.is_tracing
+            stack.enter_context(
+                patch.object(masking, "is_tracing", lambda x=None: getattr(x, "is_meta", False) or traced(x))
+            )
         yield
 
 
@@ -219,7 +213,7 @@ class Recorder(TorchDispatchMode):
         with ExitStack() as stack:
             # Nodes are numbered by thread, so the backward pass must run in the thread of the forward pass.
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-            stack.enter_context(adapted_libraries())
+            stack.enter_context(_adapted_libraries())
             stack.callback(register_module_forward_pre_hook(self._enter).remove)
             leave = register_module_forward_hook(self._leave, with_kwargs=True, always_call=True)
             # torch forgets to remove this entry, and warns later that there are global hooks.
@@ -531,12 +525,7 @@ def _readable(func: Any) -> str:
 
 def _in_checkpoint() -> bool:
     """Whether torch.utils.checkpoint is further up in the stack of frames."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_filename == CHECKPOINT_FILE:
-            return True
-        frame = frame.f_back
-    return False
+    return any(frame.f_code.co_filename == CHECKPOINT_FILE for frame, _ in walk_stack(sys._getframe()))
 
 
 # Without gradients these compute no vectors, but torch has them computed while a dispatch mode is active.
