@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from structlin_nn.counting import count
 from structlin_nn.torch import ProjectionReport, StructuredLinear, project_linear, to_dense_linear
+from structlin_nn.torch._modules import places_of, put
 from structlin_nn.trained import TrainedModel
 
 __all__ = ["CALIBRATION", "CompressionData", "compress", "costs", "open_data"]
@@ -88,23 +89,25 @@ def compress(
 ) -> ProjectionReport:
     """Replace linear layers of a trained model, in place, by the nearest layers of a structure.
 
-    The options are arguments of `structlin_nn.torch.project_linear`. Structured layers are first multiplied out. Layers
-    of this package's models that stay dense become layers of the structure ``dense`` again. By default, all layers of
-    GPT-2 are chosen, except for a tied head.
+    The options are arguments of `structlin_nn.torch.project_linear`. Chosen layers that are structured are multiplied
+    out first, and other layers stay as they are. By default, all layers of GPT-2 are chosen, except for a tied head.
 
     Raises
     ------
     ValueError, TypeError
-        Errors of `structlin_nn.torch.project_linear`. The model is then dense, and its function is the same.
+        Errors of `structlin_nn.torch.project_linear`. The model is then unchanged.
     """
     model = trained.model
-    if any(isinstance(module, StructuredLinear) for module in model.modules()):
+    structured = places_of(model, lambda module: isinstance(module, StructuredLinear))
+    if structured:
         to_dense_linear(model)
     usual = {"layers": "all" if trained.task == "gpt2" else "all_but_last"}
-    report = project_linear(model, structure, calibration=calibration, **{**usual, **options})
-    if trained.build["kind"] != "timm":
-        _structure_again(model)
-    return report
+    try:
+        return project_linear(model, structure, calibration=calibration, **{**usual, **options})
+    finally:
+        for layer, names in structured.items():
+            if not isinstance(model.get_submodule(names[0]), StructuredLinear):  # it was not projected
+                put(model, names, layer)
 
 
 def costs(trained: TrainedModel) -> dict[str, int]:
@@ -117,18 +120,6 @@ def costs(trained: TrainedModel) -> dict[str, int]:
     twin = replace(trained, model=copy.deepcopy(trained.model, twins))
     counted = count(twin.model, twin.example_input())
     return {"params": counted.params, "forward_macs": counted.macs(), "attention_macs": counted.macs("attention")}
-
-
-def _structure_again(model: nn.Module) -> None:
-    for name, linear in list(model.named_modules()):
-        if type(linear) is not nn.Linear:
-            continue
-        bias = linear.bias is not None
-        new = StructuredLinear(linear.in_features, linear.out_features, bias, device="meta", structure="dense")
-        new.factors[0] = linear.weight
-        new.bias = linear.bias
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, new.train(linear.training))
 
 
 def _cifar(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,13 +152,12 @@ def load_trained(folder: str | os.PathLike[str], *, average: bool = False, model
         Your own model to fill, if the run trained one. A checkpoint does not state its construction.
     """
     place, state = read_checkpoint(Path(folder))
+    _check_is_of_torch(folder, state)
     if average and not state["tensors"].get("average"):
         raise ValueError(f"the run in {folder} has no average of its weights, because its ema is 0")
     if model is None:
         if state["build"] is None:
-            raise ValueError(
-                f"the run in {folder} trained your own model, which its checkpoint cannot build: pass model=..."
-            )
+            raise ValueError(f"{_unknown(folder, state)}: pass the model as model=...")
         model = model_of(state["build"], state["layout"])
     tensors: dict[str, Any] = {"model": {name: tensor.detach() for name, tensor in model.state_dict().items()}}
     read_tensors(place, tensors)
@@ -223,13 +223,26 @@ def _holds_tensors_alone(place: Path) -> bool:
 
 def _run(folder: Path, average: bool) -> TrainedModel:
     _, state = read_checkpoint(folder)
+    _check_is_of_torch(folder, state)
     if state["build"] is None:
         raise ValueError(
-            f"the run in {folder} trained your own model, which its checkpoint cannot build: call load_trained"
+            f"{_unknown(folder, state)}: build the model and call structlin_nn.load_trained with model=..."
         )
     header = read_record(folder / "record.jsonl").header
     told = {"task": header["task"], **header["config"]}
     return TrainedModel(load_trained(folder, average=average), state["build"], folder.name, told)
+
+
+def _check_is_of_torch(folder: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+    if not state["tensors"]:
+        raise ValueError(f"the run in {folder} is one of flax, which cannot be loaded as a torch model; "
+                         "restore its parameters with orbax.checkpoint")  # fmt: skip
+
+
+def _unknown(folder: str | os.PathLike[str], state: Mapping[str, Any]) -> str:
+    name = state["config"]["model"]
+    what = name if ":" in name else "your own model"
+    return f"the run in {folder} trained {what}, whose sizes and layers its checkpoint does not describe"
 
 
 def _timm(name: str, weights: str | os.PathLike[str], num_classes: int | None, image_size: int | None) -> TrainedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,9 @@ def run(arguments: argparse.Namespace) -> None:
         "report": report.to_dict(),
     }  # fmt: skip
     common.show(arguments, record, _text(record, report))
+    one, two = (part["costs"]["forward_macs"] for part in (record["before"], record["after"]))
+    if two > one:
+        print(f"structlin compress: the model has more MACs than before, {two:,} in place of {one:,}", file=sys.stderr)
 
 
 def _data(arguments: argparse.Namespace, trained: Any, device: str) -> Any:

@@ -140,7 +140,12 @@ class RunConfig:
         object.__setattr__(self, "options", {k: _tuples(v) for k, v in {**kept, **given}.items()})
         object.__setattr__(self, "model_options", {k: _tuples(v) for k, v in (self.model_options or {}).items()})
         if self.has_own_width:
+            usual = {entry.name: entry.default for entry in fields(self)}
             for name in ("width", "base_width"):
+                value = getattr(self, name)
+                require(
+                    value in (0, usual[name]), f"{self.model} has its own width: {name} must be omitted, got {value}"
+                )
                 object.__setattr__(self, name, 0)
         if self.compile is None:
             object.__setattr__(self, "compile", self.compiles and str(self.device).startswith("cuda"))

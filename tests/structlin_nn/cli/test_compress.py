@@ -12,11 +12,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from structlin_nn.cli import main
+from structlin_nn.compress import compress
 from structlin_nn.data import load_images
 from structlin_nn.models import build_model, load_model, save_model
 from structlin_nn.models.files import make_timm
 from structlin_nn.records import read_record
 from structlin_nn.torch import StructuredLinear, read_structured
+from structlin_nn.trained import open_trained
 
 TRAIN = "--batch-size 500 --mixup 0 --label-smoothing 0 --no-augment --threads 1 --quiet"
 
@@ -92,6 +94,28 @@ def test_table(trained: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "test error" in text
     assert "not calibrated" in text
     assert text.splitlines()[-1] == f"{out}: {out.stat().st_size:,} bytes"
+
+
+def test_other_layers_stay_structured(trained: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, part = out.with_name("whole.safetensors"), f"compress {out} --structure low_rank"
+    as_json(f"compress {trained} --structure low_rank --rank 4 --calibrate 0 --layers blocks.* --out {out}", capsys)
+    found = as_json(f"{part} --rank 2 --layers blocks.0.* --out {whole}", capsys)
+    before, after = (found[key]["costs"] for key in ("before", "after"))
+    assert {row["names"][0] for row in found["report"]["layers"]} == {"blocks.0.up", "blocks.0.down"}
+    # Rank 2 in place of 4 in two layers of 32 x 128, and 128 x 32 features.
+    assert before["forward_macs"] - after["forward_macs"] == 2 * 2 * (32 + 128)
+    held = {n: m.options.get("rank") for n, m in load_model(whole).named_modules() if isinstance(m, StructuredLinear)}
+    assert [held[f"blocks.{n}.up"] for n in range(2)] == [2, 4]
+    dear = out.with_name("dear.safetensors")
+    assert "more MACs than before" in run(f"{part} --rank 20 --layers blocks.0.* --out {dear}", capsys)[1]
+
+
+def test_an_error_leaves_the_model(trained: Path) -> None:
+    found = open_trained(trained)
+    before = {name: value.clone() for name, value in found.model.state_dict().items()}
+    with pytest.raises(ValueError, match="no linear layer matches"):
+        compress(found, "low_rank", layers="nothing", rank=2)
+    assert all(torch.equal(value, before[name]) for name, value in found.model.state_dict().items())
 
 
 def test_further_training_lowers_the_loss(trained: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:

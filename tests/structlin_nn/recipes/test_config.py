@@ -63,6 +63,12 @@ class TestStrictness:
             (flax_cifar.Config, {"compile": True}, "compile must be False in flax"),
             (flax_cifar.Config, {"model": "my:model"}, "model must be cifar-mlp or cifar-vit in flax"),
             (gpt2.Config, {"model": "hf:gpt2", "depth": 3}, "depth is a size of gpt2"),
+            (
+                gpt2.Config,
+                {"model": "hf:gpt2", "width": 64},
+                "hf:gpt2 has its own width: width must be omitted, got 64",
+            ),
+            (cifar.Config, {"model": "timm:vit_tiny", "base_width": 32}, "base_width must be omitted, got 32"),
             (gpt2.Config, {"model": "timm:vit_tiny"}, "timm has no language models"),
             (gpt2.Config, {"model_options": {"n_layer": 2}}, "model_options are for other models than gpt2"),
         ],

@@ -12,6 +12,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from structlin_nn.checkpoints import read_checkpoint
 from structlin_nn.recipes import recipe_module
 from structlin_nn.records import read_record
+from structlin_nn.trained import load_trained, open_trained
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -111,6 +112,9 @@ def test_damage_and_another_recipe(config: Any, small_cifar: Path, tmp_path: Pat
     module.train(own, options, watch=lambda run, loss: run.step == 2)
     with pytest.raises(ValueError, match="is one of flax_cifar, and this is one of cifar"):
         recipe_module("cifar").train(config, replace(options, resume=True))
+    for load in (load_trained, open_trained):
+        with pytest.raises(ValueError, match=r"is one of flax, which cannot be loaded as a torch model"):
+            load(tmp_path / "run")
     place, state = read_checkpoint(tmp_path / "run")
     path = max((place / name for name in state["files"]), key=lambda path: path.stat().st_size)
     raw = bytearray(path.read_bytes())
