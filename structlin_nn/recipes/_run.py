@@ -259,6 +259,7 @@ class Run:
             f"model: {self.config.model}{shape}, {self.config.structure} {self.config.options or ''}".rstrip(),
             f"counts: {counts['params']:,} parameters, {counts['forward_macs']:,} MACs for one sample forward, "
             f"{counts['total_training_macs']:.3g} for the whole run of {steps:,} steps",
+            *_dearer(header["structures"]),
             f"writing to {self.folder}",
         ]
         for line in messages:
@@ -477,6 +478,16 @@ def _wandb(folder: Path, config: Mapping[str, Any], started: str, step: int) -> 
 Tracker = tuple[Callable[[Mapping[str, float], int], None], Callable[[], None]]
 """A function that logs values of a step, and one that ends."""
 TRACKERS: dict[str, Callable[..., Tracker]] = {"tensorboard": _tensorboard, "wandb": _wandb}
+
+
+def _dearer(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line on the structured layers that have more MACs than dense ones, if there are any."""
+    dear = [layer for layer in layers if layer["macs"] > layer["in_features"] * layer["out_features"]]
+    if not dear:
+        return []
+    first, dense = dear[0], dear[0]["in_features"] * dear[0]["out_features"]
+    return [f"layers with more MACs than dense ones: {len(dear)} of {len(layers)}; {first['name']} has "
+            f"{first['macs']:,}, and a dense one {dense:,}"]  # fmt: skip
 
 
 def versions(more: Sequence[str]) -> dict[str, str]:

@@ -21,6 +21,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_layers_with_more_macs_than_dense_ones_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = "layers with more MACs than dense ones"
+    for rank, text in ((16, f"{told}: 7 of 8; input has 49,408, and a dense one 49,152"), (1, None)):
+        line = f"train cifar --width 16 --structure low_rank --options rank={rank} {QUICK} --steps 1 --out runs/{rank}"
+        assert main(line.split()) == 0
+        err = capsys.readouterr().err
+        assert told not in err if text is None else text in err, err
+
+
 def test_on_the_embedded_images(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = f"train cifar --width 16 --structure monarch {QUICK}"
     assert main(line.split()) == 0
