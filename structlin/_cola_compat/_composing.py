@@ -45,6 +45,7 @@ from structlin._cola_compat._repair import (
     rule,
 )
 from structlin._cola_compat._slicing import SLICING
+from structlin._cola_compat._stacks import STACKS
 
 # -- any: write ``object`` for ``Any`` -----------------------------------------------------------------------------
 
@@ -393,5 +394,6 @@ COMPOSING = (
     PICKLING,
     in_library("devices", "jax", "get_default_device", _default_device),
     in_library("views", "torch", "kron", _kron),
+    STACKS,
     replacing("like", (Identity, "to", _identity_to)),
 )

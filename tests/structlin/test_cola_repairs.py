@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import structlin
+from structlin import _cola_compat
 
 
 def run(*arguments, **environment):
@@ -47,6 +48,18 @@ def test_rules_registered_from_outside_still_win():
     assert A + B == "mine"
     assert cola.kron(A, B) == "mine"
     assert not isinstance(B + A, str)
+
+
+def test_importing_structlin_installs_once():
+    assert _cola_compat.install() == ()
+
+
+def test_the_repairs_outlive_a_clearing_of_plums_caches():
+    plum.dispatch.clear_cache()
+    A = Dense(torch.eye(2))
+    assert torch.equal((A + A - 3 * A).to_dense(), -torch.eye(2))
+    sign, value = cola.linalg.slogdet(-2.0 * cola.PSD(Dense(torch.eye(3))))
+    assert (float(sign), float(value)) == (-1, float(3 * torch.tensor(2.0).log()))
 
 
 def test_plum_over_colas_fork_is_named_as_the_cause(tmp_path):
