@@ -170,22 +170,19 @@ def _kronecker_rows(op: Any, count: Count) -> Work:
     return _kronecker_work(op.Ms, count, transposed=True)
 
 
-def _kron_sum_terms(op: Any, count: Count, transposed: bool) -> Work:
+def _kron_sum_work(op: Any, count: Count, transposed: bool) -> Work:
     n = op.shape[0]
-    return _in_turn(count(M, transposed=transposed).times(n // M.shape[0]) for M in op.Ms)
+    return _sum_of((count(M, transposed=transposed).times(n // M.shape[0]) for M in op.Ms), n)
 
 
 @register_work(cola.ops.KronSum)
 def _kron_sum(op: Any, count: Count) -> Work:
-    # CoLA starts the sum from 0 * x.
-    n, k = op.shape[0], len(op.Ms)
-    return _kron_sum_terms(op, count, False) + _elementwise((k + 1) * n, (3 * k + 2) * n)
+    return _kron_sum_work(op, count, transposed=False)
 
 
 @register_work(cola.ops.KronSum, transposed=True)
 def _kron_sum_rows(op: Any, count: Count) -> Work:
-    n, k = op.shape[0], len(op.Ms)
-    return _kron_sum_terms(op, count, True) + _elementwise((k - 1) * n, 3 * (k - 1) * n)
+    return _kron_sum_work(op, count, transposed=True)
 
 
 @register_work(cola.ops.BlockDiag)

@@ -35,6 +35,10 @@ Composing (`structlin._cola_compat._composing`, ``_slicing``, ``_pickling``): er
     pickling   operators hold a module, and classes such as ``Sum[Dense, Dense]`` cannot be found by name, so that
                pickle, copy.deepcopy and torch.save raise. [pickle_and_copy]
     devices    with more than one jax device, operators that hold no array, or traced ones, raise. [several_devices]
+    moveaxis   ``torch.vmap`` of Kronecker products and sums raises, because it has no rule for ``torch.moveaxis``.
+               [vmapped_kron]
+    in_place   ``KronSum`` adds to an array of the dtype of x: a complex one times a real x raises, and so does
+               ``torch.vmap`` over the members alone. [complex_kronsum]
     stacks     ``A @ X`` takes the first axis of X, not the last but one, and raises AssertionError for a wrong size.
                [stacks]
     views      ``kron`` of a torch tensor that is not contiguous raises. [transposed_kron]

@@ -358,6 +358,26 @@ def _kron(a: Array, b: Array) -> Array:
     return sys.modules["torch"].kron(a.contiguous(), b.contiguous())
 
 
+# -- moveaxis: ``torch.vmap`` has a rule for ``movedim`` and none for ``moveaxis`` -------------------------------------
+
+
+def _moveaxis(a: Array, source: Any, destination: Any) -> Array:
+    return a.movedim(source, destination)
+
+
+# -- in_place: a Kronecker sum adds its terms to ``0 * x``, which may lack their dtype and the axes of ``torch.vmap`` --
+
+
+def _kron_sum_columns(self: Any, X: Array) -> Array:
+    Y = X.reshape(*(M.shape[1] for M in self.Ms), X.shape[1])
+    terms = []
+    for axis, M in enumerate(self.Ms):
+        front = self.xnp.moveaxis(Y, axis, 0)
+        term = (M @ front.reshape(M.shape[1], -1)).reshape(M.shape[0], *front.shape[1:])
+        terms.append(self.xnp.moveaxis(term, 0, axis))
+    return sum(terms[1:], start=terms[0]).reshape(self.shape[0], X.shape[1])
+
+
 # -- like: ``I_like(A)`` ends with ``to``, and has another library than a NumPy operator then -------------------------
 
 
@@ -394,6 +414,8 @@ COMPOSING = (
     PICKLING,
     in_library("devices", "jax", "get_default_device", _default_device),
     in_library("views", "torch", "kron", _kron),
+    in_library("moveaxis", "torch", "moveaxis", _moveaxis),
+    replacing("in_place", (KronSum, "_matmat", _kron_sum_columns)),
     STACKS,
     replacing("like", (Identity, "to", _identity_to)),
 )

@@ -451,6 +451,20 @@ def transposed_kron():
     np.testing.assert_allclose(found, np.kron(a, draw(4, 5, seed=1).T))
 
 
+@defect("moveaxis")
+def vmapped_kron():
+    a, b, x = draw(5, 2, 2), draw(3, 3), draw(5, 6)
+    found = torch.vmap(lambda A, x: Kronecker(Dense(A), Dense(torch.tensor(b))) @ x)(torch.tensor(a), torch.tensor(x))
+    same(found, np.stack([np.kron(A, b) @ y for A, y in zip(a, x, strict=True)]))
+
+
+@defect("in_place")
+def complex_kronsum():
+    c, x = draw(2, 2, dtype="complex128"), draw(4)
+    for make in (np.array, torch.tensor):
+        same(KronSum(Dense(make(c)), Dense(make(c))) @ make(x), (np.kron(c, np.eye(2)) + np.kron(np.eye(2), c)) @ x)
+
+
 @defect("stacks")
 def stacks():
     for backend in BACKENDS:

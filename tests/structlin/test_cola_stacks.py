@@ -1,4 +1,4 @@
-"""Products of composites with stacks of columns (..., n, k) and of rows (..., k, n)."""
+"""Products of composites with stacks of columns (..., n, k) and of rows (..., k, n), and under torch.vmap."""
 
 import re
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
+from torch.func import grad, vmap
 
 import structlin as sl
 import structlin.linalg
@@ -131,3 +132,49 @@ def test_gradients_of_stacks_in_torch():
     X = torch.tensor(draw(2, 3, 12, 5), requires_grad=True)
     A = torch.tensor(a, requires_grad=True)
     assert torch.autograd.gradcheck(lambda A, X: cola.kronsum(sl.Dense(A), sl.Dense(torch.tensor(b))) @ X, (A, X))
+
+
+# -- torch.vmap --------------------------------------------------------------------------------------------------------
+
+TAKEN = {
+    "columns": lambda K, x: K @ x,
+    "rows": lambda K, x: x @ K,
+    "solve": structlin.linalg.solve,
+    "inverse": lambda K, x: structlin.linalg.inverse(K) @ x,
+    "stack": lambda K, x: K @ x.reshape(1, 12, 1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("in_dims", [(0, 0, 0), (0, None, None), (None, 0, None), (None, None, 0)])
+@pytest.mark.parametrize("kind", [sl.Dense, co.Dense])
+@pytest.mark.parametrize("make", [cola.kron, cola.kronsum])
+def test_kronecker_products_and_sums_under_vmap(make, kind, in_dims):
+    stacks = draw(3, 4, 4, seed=1) + 4 * np.eye(4), draw(3, 3, 3, seed=2) + 4 * np.eye(3), draw(3, 12, seed=3)
+    given = [torch.tensor(s if dim == 0 else s[0]) for s, dim in zip(stacks, in_dims, strict=True)]
+    batch = [[g[i] if dim == 0 else g for g, dim in zip(given, in_dims, strict=True)] for i in range(3)]
+    matrix = np.kron if make is cola.kron else lambda A, B: np.kron(A, EYES[1]) + np.kron(EYES[0], B)
+    for name, take in TAKEN.items():
+
+        def f(A, B, x, take=take):
+            return take(make(kind(A), kind(B)), x)
+
+        found = vmap(f, in_dims=in_dims)(*given)
+        for i, (A, B, x) in enumerate(batch):
+            M, y = matrix(A.numpy(), B.numpy()), x.numpy()
+            want = {"columns": M @ y, "stack": (M @ y).reshape(1, 12, 1), "rows": y @ M}
+            same(found[i], want[name] if name in want else np.linalg.solve(M, y))
+        slopes = grad(lambda *z, f=f: f(*z).square().sum(), argnums=(0, 1, 2))
+        wanted = [slopes(*z) for z in batch]
+        for k, got in enumerate(vmap(slopes, in_dims=in_dims)(*given)):
+            same(got, np.stack([want[k].numpy() for want in wanted]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", [sl.Dense, co.Dense])
+def test_a_complex_kronecker_sum_times_real_columns(kind, backend):
+    make, c, X = MAKE[backend], np.array([[1j, 1], [0, 2]]), draw(4, 3)
+    K, matrix = cola.kronsum(kind(make(c)), kind(make(c.T.copy()))), np.kron(c, np.eye(2)) + np.kron(np.eye(2), c.T)
+    same(K @ make(X), matrix @ X)
+    same(K @ make(X[:, 0].copy()), matrix @ X[:, 0])
+    same(make(X.T.copy()) @ K, X.T @ matrix)

@@ -345,15 +345,13 @@ def passes_through_jit_and_vmap(A, a):
 
 
 # (behaviour, operator of CoLA's): how it fails there. GMRES has no precedence, so that it ties with every rule for one
-# kind of operator; torch's vmap has no rule for moveaxis, and none for writing into an array that is not mapped.
+# kind of operator; torch's vmap has no rule for writing into an array that is not mapped.
 AMBIGUOUS = "ambiguous"
 KNOWN = {
     **{
         ("is_inverted_by_gmres", label): AMBIGUOUS
         for label in ("Triangular", "Diagonal", "Identity", "Permutation", "Kronecker", "BlockDiag", "Product")
     },
-    ("passes_through_jit_and_vmap", "Kronecker", "torch"): "moveaxis",
-    ("passes_through_jit_and_vmap", "KronSum", "torch"): "moveaxis",
     ("passes_through_jit_and_vmap", "Sliced", "torch"): "inplace arithmetic",
 }
 
