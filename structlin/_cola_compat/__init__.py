@@ -25,8 +25,8 @@ Composing (`structlin._cola_compat._composing`, ``_slicing``, ``_pickling``): er
     slicing    ``A[i]`` of a matrix that is not square, index arrays on NumPy and jax, two lists of indices; repeated
                columns overwrite one another; a complex operand of a real operator fails; negative steps fail on torch;
                two index arrays give a submatrix where two lists give entries (now entries, as in NumPy; ``np.ix_``
-               gives a submatrix).
-               [row, index_array, index_pairs, reversed_rows, repeated_columns, complex_slice]
+               gives a submatrix); a slice without rows and columns is an operator that no function takes.
+               [row, index_array, index_pairs, reversed_rows, repeated_columns, complex_slice, empty_slice]
     concat     ``Concatenated`` asks for equal sizes along the wrong axis, and along axis 1 it multiplies as along
                axis 0. [concatenated]
     rows       ``X @ A`` differentiates ``A @ x`` for Kronecker, KronSum, BlockDiag, Identity, ScalarMul and

@@ -85,6 +85,8 @@ def _sliced_init(self: Any, A: LinearOperator, slices: tuple[Any, Any]) -> None:
     self.A = A
     self.slices = tuple(_positions(s, n, axis) for axis, (s, n) in enumerate(zip(slices, A.shape, strict=True)))
     shape = tuple(len(np.arange(n)[_indexer(s)]) for s, n in zip(self.slices, A.shape, strict=True))
+    if shape == (0, 0):
+        raise ValueError("a slice of an operator must have at least 1 row or 1 column, got shape (0, 0)")
     LinearOperator.__init__(self, dtype=A.dtype, shape=shape)
     self.device = A.device
 

@@ -288,6 +288,11 @@ def complex_slice():
         same(Dense(MAKE[backend](a))[:, 1:3] @ MAKE[backend](x), a[:, 1:3] @ x)
 
 
+@defect("slicing")
+def empty_slice():
+    raises(ValueError, lambda: Dense(torch.eye(3))[0:0, 0:0])
+
+
 @defect("concat")
 def concatenated():
     a, b, c = draw(2, 4, seed=1), draw(3, 4, seed=2), draw(2, 5, seed=3)

@@ -235,6 +235,10 @@ def test_bad_indices_are_refused():
             A[index]
     assert isinstance(A[:0], Sliced)
     assert A[:0].shape == (0, 10)
+    assert A[:, :0].shape == (6, 0)
+    for rows, columns in [(slice(0), slice(0)), (slice(3, 3), slice(9, 2)), (slice(0), np.array([], int))]:
+        with pytest.raises(ValueError, match=r"at least 1 row or 1 column, got shape \(0, 0\)"):
+            A[rows, columns]
     assert isinstance(A @ A.T, Product)
 
 
