@@ -49,7 +49,9 @@ def decompose(matrices: Array, hermitian: bool) -> Decomposition | None:
     if hermitian:
         values, vectors = xp.eigh(fixed)
         return Decomposition(matrices, values, vectors, xp.conj(vectors).swapaxes(-1, -2), followed)
-    values, vectors = xp.eig(fixed)
+    shift, rest = _shifted(fixed)
+    values, vectors = xp.eig(rest)
+    values = values + shift
     with np.errstate(all="ignore"):
         try:
             inverse = xp.inv(vectors)
@@ -67,6 +69,18 @@ def decompose(matrices: Array, hermitian: bool) -> Decomposition | None:
     elif not worst <= bound:
         return None
     return Decomposition(matrices, values, vectors, inverse, followed)
+
+
+def _shifted(matrices: Array) -> tuple[Array, Array]:
+    """Return c, (..., 1), and A - c I: if it is small it sets the eigenvectors, and at roundoff it is 0; else c is 0."""
+    xp = lapack(matrices)
+    eye, unit = xp.eye(matrices.shape[-1], matrices), eps(matrices.dtype)
+    mean = (xp.diagonal(matrices).sum(-1) / matrices.shape[-1])[..., None]
+    rest = matrices - mean[..., None] * eye
+    size = _largest(rest)[..., None]
+    near = size <= unit**0.5 * xp.abs(mean)
+    rest = xp.where((near & (size > ROUNDOFF / 2 * unit * xp.abs(mean)))[..., None], rest, 0 * rest)
+    return xp.where(near, mean, 0 * mean), xp.where(near[..., None], rest, matrices)
 
 
 def uncertainty(found: Decomposition, hermitian: bool) -> Array:
@@ -129,8 +143,15 @@ def is_determined(found: Decomposition, f: Numbers, result: Array, repeated: Arr
         return found.vectors @ (slopes * (found.inverse @ error @ found.vectors)) @ found.inverse
 
     residual = _residual(found)
-    first, second = (is_small(change(residual + rounding(fixed, seed)), result) for seed in range(2))
+    floor = roundoff_of(xp.diagonal(slopes), found.values, eps(fixed.dtype))
+    first, second = (is_small(change(residual + rounding(fixed, seed)), result, floor) for seed in range(2))
     return first & second
+
+
+def roundoff_of(slopes: Array, values: Array, unit: float) -> Array:
+    """Return the change of f by the roundoff of each eigenvalue: the error of a zero, such as the logarithm of 1."""
+    with np.errstate(all="ignore"):
+        return ROUNDOFF * unit * lapack(values).amax(abs(slopes * values))
 
 
 def _residual(found: Decomposition) -> Array:
@@ -139,13 +160,14 @@ def _residual(found: Decomposition) -> Array:
     )
 
 
-def is_small(change: Array, result: Array) -> Array:
-    """Return whether a change of a result is below a hundredth of its largest entry.
+def is_small(change: Array, result: Array, floor: Array | float = 0.0) -> Array:
+    """Return whether a change of a result is below a hundredth of its largest entry, or below ``floor``.
 
     In tests with Jordan blocks, roundoff changed roots that do not exist by more than this. A tenth would accept some
     of them in float32. Ill-conditioned kernels in float32 reach 1e-3.
     """
-    return _largest(change) <= 1e-2 * _largest(result)
+    size = _largest(change)
+    return (size <= 1e-2 * _largest(result)) | (size <= floor)
 
 
 def rounding(matrices: Array, seed: int = 0) -> Array:

@@ -48,25 +48,27 @@ def of_kronecker(matrices: Sequence[Array], A: Any, f: Any, *, add: bool = False
     are nearly defective, in single precision, they accepted errors of a tenth. So f is computed twice.
     """
     hermitian = A.isa(SelfAdjoint) and all(map(is_hermitian, matrices))
-    found = _of_members(matrices, A, f, add, shift, hermitian)
+    found, _ = _of_members(matrices, A, f, add, shift, hermitian)
     if found is None or hermitian or f.real:
         return found
     fixed = [lapack(m).stop_gradient(m) for m in matrices]
-    other = _of_members([m + spectra.rounding(m) for m in fixed], A, f, add, shift, False)
+    other, values = _of_members([m + spectra.rounding(m) for m in fixed], A, f, add, shift, False)
     if other is None:
         return None
+    floor = spectra.roundoff_of(spectra.derivative(lambda x: f.on_spectrum(x, A), values), values, eps(A.dtype))
     X = _random_vectors(A.shape[0], matrices[0])
     Y = lapack(X).stop_gradient(found @ X)
-    return _unless_refused(spectra.is_small(other @ X - Y, Y), found, Y)
+    return _unless_refused(spectra.is_small(other @ X - Y, Y, floor), found, Y)
 
 
 def _of_members(
     matrices: Sequence[Array], A: Any, f: Any, add: bool, shift: Any, hermitian: bool
-) -> StructuredOperator | None:
+) -> tuple[StructuredOperator | None, Array]:
+    """Return f of the product or sum, and the eigenvalues."""
     found = [spectra.decompose(m, hermitian) for m in matrices]
     parts = [p for p in found if p is not None]
     if len(parts) < len(found):
-        return None
+        return None, matrices[0]
     xp = lapack(parts[0].values)
     left, right = Kronecker(*(p.vectors for p in parts)), Kronecker(*(p.inverse for p in parts))
 
@@ -89,12 +91,12 @@ def _of_members(
         made = RealPart(made, A.dtype)
     moved = lapack(values).stop_gradient(values - settled)
     if hermitian or settled is values or known(abs(moved).sum()) == 0:
-        return made
+        return made, settled
     # As in spectra.with_values: eigenvalues moved to one number are semisimple if this keeps the matrix.
     image = right @ _random_vectors(A.shape[0], parts[0].vectors)
     change, size = (left @ (x[:, None] * image) for x in (moved, xp.stop_gradient(values)))
     good = xp.max(xp.abs(change)) <= eps(A.dtype) ** 0.75 * xp.max(xp.abs(size))
-    return _unless_refused(good & (xp.max(xp.abs(moved) - radius / 8) <= 0), made, change)
+    return _unless_refused(good & (xp.max(xp.abs(moved) - radius / 8) <= 0), made, change), settled
 
 
 def _radius(parts: Sequence[spectra.Decomposition], add: bool, hermitian: bool) -> Array:

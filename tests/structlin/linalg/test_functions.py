@@ -5,6 +5,7 @@ import pickle
 import cola
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 import scipy.linalg
@@ -280,3 +281,54 @@ def test_roots_of_products_of_nearly_defective_members_are_accurate():
         for A in (sl.Kronecker(a, b), cola.kronsum(sl.Dense(a), sl.Dense(b))):
             found, want = linalg.sqrtm(A).to_dense(), scipy.linalg.sqrtm(A.to_dense().astype(complex))
             np.testing.assert_allclose(found, want, atol=0.02 * abs(want).max())
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logarithms_that_are_zero(backend, dtype):
+    def made(x):
+        return to_backend(np.asarray(x, dtype), backend)
+
+    blocks = np.array([np.eye(2), [[2.0, 1], [0, 3]]])
+    swap = sl.Permutation(to_backend(np.array([1, 0, 2]), backend))
+    for A in (
+        sl.Dense(made(np.eye(3))),
+        sl.Toeplitz(made(np.eye(3)[0])),
+        sl.Kronecker(made(np.eye(3)), made(np.eye(2))),
+        sl.Kronecker(made(2 * np.eye(3)), made(0.5 * np.eye(2))),
+        cola.kronsum(sl.Dense(made(3 * np.eye(2))), sl.Dense(made(-2 * np.eye(2)))),
+        sl.BlockDiagonal(made(blocks)),
+        swap @ swap.H,
+    ):
+        want = scipy.linalg.logm(to_numpy(A.to_dense()).astype(float).round(6))
+        np.testing.assert_allclose(
+            to_numpy(linalg.logm(A).to_dense()), want, atol=1e-6 if dtype == "float32" else 1e-14
+        )
+
+
+def logarithm_near_identity(a):
+    """Return the series of log(I + E) for small E, in 60 digits."""
+    with mpmath.workdps(60):
+        E, power, total = mpmath.matrix(a.tolist()) - mpmath.eye(len(a)), mpmath.eye(len(a)), mpmath.zeros(len(a))
+        for k in range(1, 8):
+            power = power * E
+            total += (-1) ** (k + 1) * power / k
+        return np.array(total.tolist(), float)
+
+
+@pytest.mark.parametrize("scale", [1e-17, 1e-16, 1e-15, 1e-13, 1e-11, 1e-9, 1e-7])
+def test_logarithms_near_the_identity(scale):
+    log = jax.jit(lambda a: linalg.logm(sl.Dense(a)).to_dense())
+    for n in (2, 7):
+        a = np.eye(n) + scale * np.random.default_rng(n).standard_normal((n, n))
+        for found in (linalg.logm(sl.Dense(a)).to_dense(), log(a)):
+            np.testing.assert_allclose(found, logarithm_near_identity(a), atol=1e-14)
+        a = np.eye(n) + scale * np.eye(n, k=1)  # defective
+        np.testing.assert_allclose(linalg.logm(sl.Dense(a)).to_dense(), logarithm_near_identity(a), atol=1e-14)
+
+
+def test_functions_at_a_root():
+    np.testing.assert_allclose(linalg.apply(np.sin, sl.Dense(np.pi * np.eye(3))).to_dense(), 0, atol=1e-15)
+    found = linalg.apply(lambda x: (x - 1) ** 2 * (x - 3), sl.Dense(np.array([[1.0, 1], [0, 3]]))).to_dense()
+    np.testing.assert_allclose(found, 0, atol=1e-14)
