@@ -129,9 +129,7 @@ def _relative(rest: Array, x: Array, b: Array, size: Array | float) -> Array:
     xp = lapack(b)
     norms = _few_norms(rest, x, b) if isinstance(b, np.ndarray) else None
     if norms is None:
-        scale = xp.max(abs(b))
-        scale = xp.where(scale > 0, scale, scale * 0 + 1)  # numbers near the ends of the range square to 0 or infinity
-        norms = [xp.sqrt((abs(y / scale) ** 2).sum(0)) for y in (rest, x, b)]
+        norms = [xp.norms(y) for y in (rest, x, b)]
     bound = size * norms[1] + norms[2]
     return norms[0] / xp.where(bound == 0, bound * 0 + 1, bound)
 

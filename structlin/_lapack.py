@@ -32,8 +32,16 @@ _of_type: dict[type, SimpleNamespace] = {}
 
 @cache
 def _functions(backend: str) -> SimpleNamespace:
-    made = {"numpy": _numpy, "torch": _torch, "jax": _jax}[backend]()
-    return SimpleNamespace(**{**vars(ops(backend)), **vars(made)})
+    found = SimpleNamespace(**(vars(ops(backend)) | vars({"numpy": _numpy, "torch": _torch, "jax": _jax}[backend]())))
+
+    def norms(x: Array) -> Array:
+        """Return the Euclidean norms of the columns, (n, ...) -> (...), whose squares may leave the range."""
+        size = found.amax(found.abs(found.stop_gradient(x)).swapaxes(0, -1))
+        scale = found.where((size > 0) & (size < math.inf), size, 1.0)
+        return found.raw_norms(x / scale) * scale
+
+    found.norms, found.norm = norms, lambda x: (found.raw_norms if 0 in x.shape else norms)(x.reshape((-1,)))
+    return found
 
 
 def _numpy() -> SimpleNamespace:
@@ -140,7 +148,7 @@ def _of_module(module: Any, **own: Any) -> SimpleNamespace:
         eye=lambda n, like: module.eye(n, dtype=like.dtype),
         zeros=lambda shape, like: module.zeros(shape, dtype=like.dtype),
         index=lambda i, like: module.asarray(i),
-        norm=lambda x: module.sqrt(module.sum(module.abs(x) ** 2)),
+        raw_norms=lambda x: module.sqrt(module.sum(module.abs(x) ** 2, 0)),
         amax=lambda x: module.max(x, -1),
         concat_axis=lambda xs, axis: module.concatenate(xs, axis),
         **(common | own),
@@ -202,7 +210,7 @@ def _torch() -> SimpleNamespace:
         index=lambda i, like: torch.as_tensor(np.ascontiguousarray(i), device=like.device),
         equal=equal,
         real=lambda x: x.real if x.is_complex() else x,
-        norm=linalg.vector_norm,
+        raw_norms=lambda x: linalg.vector_norm(x, dim=0),
         amax=lambda x: torch.amax(x, -1),
         concat_axis=lambda xs, axis: torch.cat(tuple(xs), axis),
         to_complex=lambda x: x.to(torch.promote_types(x.dtype, torch.complex64)),
@@ -490,7 +498,7 @@ def is_transpose(x: Array, y: Array) -> bool:
 
 def is_known(x: Array) -> bool:
     """Return whether the values of ``x`` are known, that is, not traced."""
-    backend = backend_of(x)
+    backend = "numpy" if isinstance(x, np.generic) else backend_of(x)
     if backend == "numpy":
         return True
     if backend == "jax":

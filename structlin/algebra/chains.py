@@ -25,6 +25,7 @@ from structlin._lapack import (
     lapack,
     nan_unless,
     needs_grad,
+    not_positive,
     pinv_of,
     refusing_singular,
     require_precision,
@@ -317,16 +318,34 @@ def _of_square_chain(A: Any, arrays: Sequence[Array], whole: bool) -> Determinan
 def _of_steps(structure: Structure, factors: Iterable[Array], xp: Any, symmetric: bool = False) -> Determinant:
     sign: Any = roles.permutation_sign(structure)
     log: Any = 0
+    negative = False
     for number, factor in enumerate(factors):
         carried = structure.factors[number].carried
         blocks = roles.blocks_of(structure, number, factor)
         if symmetric:
-            signs, logs = xp.positive_slogdet(blocks, False)
+            signs, logs, turned = _definite_slogdet(blocks, xp)
+            negative ^= turned
         else:
             signs, logs = xp.slogdet(blocks)
             signs, logs = xp.prod(signs), logs.sum()
         sign, log = sign * signs**carried, log + carried * logs
+    if negative:
+        raise not_positive("a Kronecker product that is negative")
     return Determinant(sign, log)
+
+
+def _definite_slogdet(blocks: Array, xp: Any) -> tuple[Array, Array, bool]:
+    """Return the determinant of a member of a positive Kronecker product, and whether the member is negative.
+
+    If its diagonal is zero, the member is antisymmetric; otherwise it is definite, or an error is raised.
+    """
+    diagonal = xp.stop_gradient(xp.diagonal(blocks))
+    trace, size = known(diagonal.sum()), known(xp.max(xp.abs(diagonal)))
+    most = known(xp.max(xp.abs(xp.stop_gradient(blocks))))
+    if trace is None or size is None or most is None or not size > 100 * eps(blocks.dtype) * most:
+        return *xp.positive_slogdet(blocks, False), False
+    sign, log = xp.positive_slogdet(-blocks if trace < 0 else blocks)
+    return (sign * (-1) ** blocks.shape[-1] if trace < 0 else sign), log, trace < 0
 
 
 # -- entries and norms -------------------------------------------------------------------------------------------------
@@ -349,19 +368,17 @@ def frobenius_norm(A: Any) -> Answer[Array] | None:
     xp = lapack(A.factors[0])
     matrices = roles.part_matrices(A.structure, A.factors)
     if matrices is not None:
-        return Answer(math.prod(map(xp.norm, matrices)))
+        return Answer(contract.product_of([*map(xp.norm, matrices)]))
     blocks = roles.diagonal_blocks(A.structure, A.factors)
     if blocks is not None:
         return Answer(xp.norm(blocks))
     cores = tensor_train_cores(A)
     if cores is not None and all(is_known(c) and not needs_grad(c) for c in cores):
         return Answer(norm_of_cores(cores))
-    # Each factor divided by its largest number: the squares of numbers near the ends of the range overflow.
-    scales = [xp.max(xp.abs(xp.stop_gradient(f))) for f in A.factors]
-    scales = [xp.where(s > 0, s, s * 0 + 1) for s in scales]
-    unit = A._with(A.structure, tuple(f / s for f, s in zip(A.factors, scales, strict=True)), frozenset())
+    units, scales = contract.scaled(A.factors)
+    unit = A._with(A.structure, tuple(units), frozenset())
     square = contract.inner(unit, unit)
-    return None if square is None else Answer(xp.sqrt(xp.real(square)) * math.prod(scales))
+    return None if square is None else Answer(contract.product_of([xp.sqrt(xp.real(square)), *scales]))
 
 
 def largest(matrices: Array) -> Array:
@@ -374,7 +391,7 @@ def spectral_norm(A: Any) -> Answer[Array] | None:
     """Return the largest singular value of a Kronecker product, a block-diagonal or a low-rank matrix."""
     matrices = roles.part_matrices(A.structure, A.factors)
     if matrices is not None:
-        return Answer(math.prod(map(largest, matrices)))
+        return Answer(contract.product_of([*map(largest, matrices)]))
     blocks = roles.diagonal_blocks(A.structure, A.factors)
     if blocks is not None:
         return Answer(lapack(blocks).max(largest(blocks)))

@@ -17,7 +17,7 @@ import numpy as np
 import opt_einsum
 
 from structlin._arrays import Array
-from structlin._lapack import lapack
+from structlin._lapack import known, lapack
 from structlin.algebra.numbered import Network, einsum, network, subscripts
 from structlin.operators import StructuredOperator
 from structlin.structure import AbstractStructure
@@ -196,4 +196,25 @@ def inner(A: StructuredOperator, B: StructuredOperator) -> Array | None:
     if cost(terms, (), sizes) >= dense_cost(A.structure) + dense_cost(B.structure):
         return None
     xp = lapack(A.factors[0])
-    return einsum([*map(xp.conj, _split(A)), *_split(B)], terms, ()) * repeats
+    (left, first), (right, second) = scaled(_split(A)), scaled(_split(B))
+    return einsum([*map(xp.conj, left), *right], terms, ()) * repeats * product_of(first) * product_of(second)
+
+
+def scaled(factors: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+    """Return factors divided by their largest magnitudes, whose products stay in the range, and the magnitudes."""
+    xp = lapack(factors[0])
+    sizes = [xp.max(xp.abs(xp.stop_gradient(f))) for f in factors]
+    sizes = [xp.where(s > 0, s, s * 0 + 1) for s in sizes]
+    return [f / s for f, s in zip(factors, sizes, strict=True)], sizes
+
+
+def product_of(numbers: Sequence[Array]) -> Array:
+    """Return the product of positive numbers; if they are known, no partial product leaves the range before it does."""
+    sizes = [known(x) for x in numbers]
+    if len(sizes) < 3 or None in sizes:
+        return math.prod(numbers)
+    rest = sorted(range(len(sizes)), key=lambda k: sizes[k] or 0.0)
+    found = numbers[rest.pop()]
+    while rest:
+        found = found * numbers[rest.pop(0 if (known(found) or 0.0) >= 1 else -1)]
+    return found

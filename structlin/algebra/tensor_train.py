@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from structlin._arrays import Array
 from structlin._lapack import eps, is_known, lapack, needs_grad, require_precision
+from structlin.algebra.contract import product_of, scaled
 from structlin.algebra.numbered import einsum
 from structlin.operators import StructuredOperator
 from structlin.structures.kronecker import Kronecker
@@ -109,7 +110,8 @@ def _right_orthogonal(cores: Sequence[Array]) -> list[Array]:
 def norm_of_cores(cores: Sequence[Array]) -> Array:
     """Return the Frobenius norm, to the accuracy of the largest term in sums that cancel."""
     require_precision(cores[0], "a norm of a Tensor-Train")
-    return lapack(cores[0]).norm(_right_orthogonal(cores)[0])
+    units, scales = scaled(cores)
+    return product_of([lapack(cores[0]).norm(_right_orthogonal(units)[0]), *scales])
 
 
 def round_tensor_train(
