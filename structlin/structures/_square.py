@@ -17,6 +17,8 @@ class SquareStructure(AbstractStructure):
     factors: tuple[Factor, ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"{type(self).__name__}: the size must be at least 1, got {self.size}")
         object.__setattr__(self, "factors", (self._factor(self.size),))
 
     @staticmethod

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import structlin as sl
 from structlin import Factor, Step, Structure, design, random_factors
 from structlin.structure import axis_letter
 from structlin.testing import dense_matrix, random_chain
@@ -423,3 +424,14 @@ def test_any_text_gives_a_structure_or_an_error_that_quotes_it(text):
         assert text.replace(" ", "") in message.replace(" ", "")
     else:
         assert made.num_params >= 2
+
+
+def test_structures_of_size_0_are_refused():
+    for make in (
+        lambda: sl.Diagonal(np.zeros(0)),
+        lambda: sl.Circulant(np.zeros(0)),
+        lambda: sl.Permutation(np.zeros(0, int)),
+        lambda: sl.Fourier(0),
+    ):
+        with pytest.raises(ValueError, match="the size must be at least 1, got 0"):
+            make()
