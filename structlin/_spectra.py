@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from structlin._arrays import Array, backend_of
-from structlin._lapack import eps, follows, is_known, known, lapack, nan_unless
+from structlin._lapack import eps, follows, is_known, known, lapack, nan_unless, not_positive, seen
 
 Numbers = Callable[[Array], Array]
 ROUNDOFF = 32  # times machine epsilon: the error of an entry that moves an eigenvalue as far as LAPACK may
@@ -71,8 +71,26 @@ def decompose(matrices: Array, hermitian: bool) -> Decomposition | None:
     return Decomposition(matrices, values, vectors, inverse, followed)
 
 
+def require_positive(values: Array, positive: bool = True) -> Array:
+    """Return the eigenvalues of an operator; if it is annotated PSD (``positive``), none may be below zero.
+
+    LinAlgError, or NaN under tracing, if one is below zero by more than roundoff.
+    """
+    if not positive:
+        return values
+    fixed = values if isinstance(values, np.ndarray) else seen(values)[0]
+    real = fixed.real if lapack(fixed).is_complex(fixed) else fixed
+    least, bound = real.min(), -ROUNDOFF * eps(values.dtype) * abs(fixed).max()
+    low, limit = known(least), known(bound)
+    if low is None or limit is None:
+        return values + nan_unless(least >= bound, values)
+    if low < limit:
+        raise not_positive(f"a matrix with an eigenvalue of {low:.1e}")
+    return values
+
+
 def _shifted(matrices: Array) -> tuple[Array, Array]:
-    """Return c, (..., 1), and A - c I: if it is small it sets the eigenvectors, and at roundoff it is 0; else c is 0."""
+    """Return c, (..., 1), and A - c I; the latter is 0 if it is at roundoff, and c is 0 unless it is close to A."""
     xp = lapack(matrices)
     eye, unit = xp.eye(matrices.shape[-1], matrices), eps(matrices.dtype)
     mean = (xp.diagonal(matrices).sum(-1) / matrices.shape[-1])[..., None]

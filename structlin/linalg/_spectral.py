@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from cola.annotations import SelfAdjoint, Unitary
+from cola.annotations import PSD, SelfAdjoint, Unitary
 from cola.ops import LinearOperator, Sum
 
 from structlin import _spectra as spectra
@@ -72,7 +72,7 @@ def _diagonalised(A: LinearOperator, form: Members) -> Diagonalised | None:
     parts = [p for p in found if p is not None]
     if len(parts) < len(found):
         return None
-    values = _values(form, [p.values for p in parts])
+    values = spectra.require_positive(_values(form, [p.values for p in parts]), A.isa(PSD))
     if hermitian and not is_known(form.matrices[0]):
         values = values + nan_unless(_is_hermitian_traced(form.matrices), values)
     left, right = Kronecker(*(p.vectors for p in parts)), Kronecker(*(p.inverse for p in parts))
@@ -117,7 +117,7 @@ def _determinant(A: LinearOperator, form: Members) -> Determinant:
     xp = lapack(form.matrices[0])
     hermitian = form.hermitian and (A.isa(SelfAdjoint) or is_known(form.matrices[0]))
     alone = xp.eigvalsh if hermitian else lambda m: xp.eig(m)[0]
-    values = _values(form, list(map(alone, form.matrices)))
+    values = spectra.require_positive(_values(form, list(map(alone, form.matrices))), A.isa(PSD))
     if hermitian and not is_known(form.matrices[0]):
         values = values + nan_unless(_is_hermitian_traced(tuple(map(xp.stop_gradient, form.matrices))), values)
     sign, log = determinant_of_numbers(values)

@@ -69,7 +69,8 @@ class CirculantStructure(SquareStructure):
         column = A.factors[0]
         require_precision(column, "an inverse")
         forth, back = _transforms(column)
-        return Answer(Circulant(back(inverse_values(forth(column), eps(column.dtype)))))
+        values = spectra.require_positive(forth(column), A.isa(PSD))
+        return Answer(Circulant(back(inverse_values(values, eps(column.dtype)))))
 
     def pinv(self, A: Any) -> Answer[Any]:
         """Return the circulant matrix of the reciprocals of the nonzero eigenvalues."""
@@ -83,14 +84,17 @@ class CirculantStructure(SquareStructure):
         column = A.factors[0]
         require_precision(b, "solving")
         views = _views(column, b) if b.ndim == 1 or b.shape[1] == 1 else None
-        return Answer(_divided(column, b) if views is None else as_tensors(_divided(*views))[0])
+        positive = A.isa(PSD)
+        return Answer(_divided(positive, column, b) if views is None else as_tensors(_divided(positive, *views))[0])
 
     def slogdet(self, A: Any) -> Answer[Determinant]:
         """Multiply the eigenvalues."""
         column = A.factors[0]
         require_precision(column, "a determinant")
         views = _views(column)
-        return Answer(_determinant(column) if views is None else Determinant(*as_tensors(*_determinant(*views))))
+        if views is not None:
+            return Answer(Determinant(*as_tensors(*_determinant(A.isa(PSD), *views))))
+        return Answer(_determinant(A.isa(PSD), column))
 
     def diagonal(self, A: Any, k: int) -> Answer[Array]:
         """Repeat the entry of the k-th diagonal."""
@@ -175,12 +179,12 @@ def _views(*arrays: Array) -> list[np.ndarray] | None:
     return small_views(*arrays, most=math.inf)
 
 
-def _determinant(column: Array) -> Determinant:
+def _determinant(positive: bool, column: Array) -> Determinant:
     xp, n = lapack(column), column.shape[0]
     if xp.is_complex(column):
-        return determinant_of_numbers(xp.fft(column, n, 0))
+        return determinant_of_numbers(spectra.require_positive(xp.fft(column, n, 0), positive))
     # Eigenvalues of a real circulant matrix are real at frequency 0 and n / 2, and come in conjugate pairs between.
-    spectrum = xp.rfft(column, n, 0)
+    spectrum = spectra.require_positive(xp.rfft(column, n, 0), positive)
     paired = spectrum[1 : (n + 1) // 2]
     alone = spectrum[:1] if n % 2 else xp.concat([spectrum[:1], spectrum[n // 2 :]])
     sign, log = determinant_of_numbers(xp.real(alone))
@@ -190,9 +194,9 @@ def _determinant(column: Array) -> Determinant:
     return Determinant(sign, log)
 
 
-def _divided(column: Array, b: Array) -> Array:
+def _divided(positive: bool, column: Array, b: Array) -> Array:
     forth, back = _transforms(column)
-    scale = inverse_values(forth(column), eps(column.dtype))
+    scale = inverse_values(spectra.require_positive(forth(column), positive), eps(column.dtype))
     return back((scale if b.ndim == 1 else scale[:, None]) * forth(b))
 
 

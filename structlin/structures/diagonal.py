@@ -8,8 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from cola.annotations import SelfAdjoint, Unitary
+from cola.annotations import PSD, SelfAdjoint, Unitary
 
+from structlin import _spectra as spectra
 from structlin._arrays import Array
 from structlin._lapack import determinant_of_numbers, inverse_values, lapack, phases, promoted, reciprocals
 from structlin.registry import NamedOperator, register
@@ -45,7 +46,7 @@ class DiagonalStructure(SquareStructure):
 
     def inverse(self, A: Any) -> Answer[Any]:
         """Return the matrix of reciprocals; LinAlgError if an entry is zero."""
-        return Answer(Diagonal(inverse_values(A.factors[0], 0.0)))
+        return Answer(Diagonal(inverse_values(spectra.require_positive(A.factors[0], A.isa(PSD)), 0.0)))
 
     def pinv(self, A: Any) -> Answer[Any]:
         """Return the matrix of the reciprocals of nonzero entries; zeros stay."""
@@ -53,7 +54,7 @@ class DiagonalStructure(SquareStructure):
 
     def slogdet(self, A: Any) -> Answer[Determinant]:
         """Multiply the entries."""
-        return Answer(determinant_of_numbers(A.factors[0]))
+        return Answer(determinant_of_numbers(spectra.require_positive(A.factors[0], A.isa(PSD))))
 
     def diagonal(self, A: Any, k: int) -> Answer[Array]:
         """Return the entries for k = 0, otherwise zeros."""

@@ -11,9 +11,11 @@ from typing import Any, Self
 
 import numpy as np
 import scipy.linalg
+from cola.annotations import PSD
 from cola.ops import Product, Sum
 from scipy.fft import next_fast_len
 
+from structlin import _spectra as spectra
 from structlin._arrays import Array, backend_of, common_backend, ops, to_backend
 from structlin._implicit import Solver, nan_where_bad, solution
 from structlin._iterations import bicgstab, conjugate_gradients, iterate
@@ -305,6 +307,7 @@ def columns(A: Any) -> levinson.Columns | None:
     found = None if numbers is None else levinson.recursion(numbers)
     if numbers is None or found is None:
         return None
+    spectra.require_positive(found.pivots, A.isa(PSD))  # ratios of leading determinants
     probe = np.random.default_rng(0).standard_normal((n, 1))
     return None if levinson.solve(numbers, probe, found) is None else found
 

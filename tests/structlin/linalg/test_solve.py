@@ -156,6 +156,42 @@ def test_a_matrix_that_is_not_positive_after_all(name, kind, backend):
         functions[name]()
 
 
+@pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
+def test_structures_that_are_not_positive_after_all(backend):
+    def made(x):
+        return structlin._arrays.to_backend(np.array(x, float), backend)
+
+    K = structlin.Kronecker(made([[2, 1], [1, 2]]), made(np.eye(3)))
+    shifted = (
+        structlin.Diagonal(made([1, -1, 2])),
+        structlin.Circulant(made([1, 2, 2])),
+        structlin.Circulant(made([1, 2, 0, 2])),
+        K - 2 * cola.ops.I_like(K),
+        cola.kronsum(structlin.Dense(made([[1, 2], [2, 1]])), structlin.Dense(made(np.eye(2) / 2))),
+    )
+    determinants = (lambda A, b: linalg.slogdet(A), lambda A, b: cola.logdet(A))
+    for A in map(cola.PSD, shifted):
+        b = made(np.ones(A.shape[0]))
+        for function in (linalg.solve, lambda A, b: cola.inv(A) @ b, *determinants):
+            with pytest.raises(np.linalg.LinAlgError, match="annotated PSD"):
+                function(A, b)
+    for members in (
+        (np.diag([1, -1]), np.eye(3)), (np.diag([1, -1]), np.eye(2)), ([[1, 2], [2, 1]], np.eye(2)),
+        (-np.eye(3), np.eye(3)), (-np.eye(2), -np.eye(2), -np.eye(2)),
+    ):  # fmt: skip
+        with pytest.raises(np.linalg.LinAlgError, match="annotated PSD"):
+            linalg.slogdet(cola.PSD(structlin.Kronecker(*map(made, members))))
+    toeplitz = cola.PSD(structlin.Toeplitz(made(np.r_[1, 3, np.zeros(298)])))
+    with pytest.raises(np.linalg.LinAlgError, match="annotated PSD"):
+        linalg.slogdet(toeplitz)
+
+
+def test_traced_eigenvalues_below_zero_are_nan():
+    for kind, d in ((structlin.Diagonal, [1.0, -1, 2]), (structlin.Circulant, [1.0, 2, 2])):
+        found = jax.jit(lambda d, kind=kind: linalg.solve(cola.PSD(kind(d)), jnp.ones(3)))(jnp.asarray(d))
+        assert np.isnan(found).any()
+
+
 def test_other_dtypes_take_the_long_way():
     A = random("block_diagonal", (6, 6), blocks=2)
     b = np.arange(6.0) + 1j
