@@ -64,9 +64,11 @@ from typing import Any
 
 from structlin_nn._files import atomic_write
 
-__all__ = ["SCHEMA", "Record", "RecordWriter", "read_record", "sealed", "unsealed"]
+__all__ = ["FAILED", "SCHEMA", "Record", "RecordWriter", "failure_of", "read_record", "sealed", "unsealed"]
 
 SCHEMA = 4
+FAILED = "failed.json"
+"""Name of the file in the folder of a run of a sweep that ended with an error."""
 _SUM = re.compile(rb', "crc32": "([0-9a-f]{8})"}')
 COMMON_KEYS = ("step", "samples", "training_macs", "lr", "batch_loss", "seconds", "statistics")
 TASK_KEYS = {
@@ -142,6 +144,18 @@ def read_record(path: str | os.PathLike[str]) -> Record:
     if steps != sorted(set(steps)):
         raise ValueError(f"{path}: the steps of the evaluations must rise, got {steps}")
     return Record(header, tuple(evaluations))
+
+
+def failure_of(folder: Path) -> str | None:
+    """Return the error that a run of a sweep ended with, from its folder; None for a run that did not fail."""
+    try:
+        text = (folder / FAILED).read_text(encoding="utf-8")
+    except OSError:
+        return None
+    try:
+        return str(json.loads(text)["error"])
+    except (KeyError, TypeError, ValueError):
+        return f"{FAILED} is damaged"
 
 
 def unsealed(path: Path, line: bytes, number: int = 1) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from typing import Any
 
 from structlin_nn.cli.common import add, fail, positive, print_json, print_table
 
+SHOWN = 10
+"""Number of failed runs that a message names."""
 HELP = "train the runs of a sweep, on this machine or on a cluster; the paper's sweeps have names"
 EXAMPLES = """\
 examples:
@@ -48,15 +50,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = "a parameter of submitit, such as timeout_min=600 or slurm_partition=gpu, repeatable"
     add(parser, "--submit-set KEY=VALUE", about, [])
     add(parser, "--launcher WORDS", "words before each command: 'torchrun ...'", "")
-    add(parser, "--json", "print the table as JSON")
+    add(parser, "--json", "print one JSON document instead of text")
     add(parser, "--quiet", "print neither table nor progress bar")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from structlin_nn.records import failure_of
     from structlin_nn.sweeps import find, names
 
     if arguments.list:
-        print_table(("name", "data", "what"), [(n, (s := find(n)).data, s.about) for n in names()], left=3)
+        sweeps = {name: find(name) for name in names()}
+        if arguments.json:
+            print_json([{"name": name, "data": sweep.data, "about": sweep.about} for name, sweep in sweeps.items()])
+        else:
+            print_table(("name", "data", "what"), [(n, s.data, s.about) for n, s in sweeps.items()], left=3)
         return 0
     if arguments.name is None:
         raise ValueError(f"the following arguments are required: NAME, one of {', '.join(names())}")
@@ -73,31 +80,50 @@ def run(arguments: argparse.Namespace) -> int:
     planned = plan(_jobs(arguments, find(arguments.name)))
     skipped = {"finished"} if arguments.retry else {"finished", "failed"}
     left = {name: entry.job for name, entry in planned.items() if entry.state not in skipped}
+    failed = {
+        name: failure_of(entry.job.folder) or "unknown"
+        for name, entry in planned.items()
+        if entry.state == "failed" and name not in left
+    }
     launcher = shlex.split(arguments.launcher)
     if arguments.print_commands:
-        for job in left.values():
-            print(command(job, launcher))
-        if not left:
+        commands = {name: command(job, launcher) for name, job in left.items()}
+        if arguments.json:
+            print_json([{"run": name, "command": text} for name, text in commands.items()])
+        else:
+            for text in commands.values():
+                print(text)
+        if not left and not failed:
             print("structlin sweep: all runs are finished", file=sys.stderr)
-        return 0
-    if arguments.json and arguments.dry_run:
+        _print_number_failed(failed, planned)
+        return 1 if failed and not left else 0
+    if arguments.dry_run and arguments.json:
         print_json([
             {"run": name, "state": entry.state, "config": entry.job.config.to_dict(), **entry.counts}
             for name, entry in planned.items()
         ])  # fmt: skip
-    elif not arguments.quiet:
-        form = "{params:,}|{forward_macs:,}|{steps:,}|{total_training_macs:.3g}"
-        rows = [(name, entry.state, *form.format(**entry.counts).split("|")) for name, entry in planned.items()]
-        print_table(("run", "state", "parameters", "MACs forward", "steps", "training MACs"), rows, left=2)
-        macs = {name: entry.counts["total_training_macs"] for name, entry in planned.items()}
-        every, rest = sum(macs.values()), sum(macs[name] for name in left)
-        print(f"\n{len(planned)} runs, {every:.3g} training MACs; left: {len(left)} runs, {rest:.3g} training MACs")
-        sys.stdout.flush()
-    if arguments.dry_run or not left:
+    elif not (arguments.quiet or arguments.json):
+        _print_plan(planned, left)
+    if arguments.dry_run:
         return 0
     if arguments.submit:
-        return _submit(arguments, left, workers, launcher)
-    return _train(arguments, planned, left, workers)
+        return _submit(arguments, planned, left, failed, workers, launcher)
+    return _train(arguments, planned, left, failed, workers)
+
+
+def _print_plan(planned: Mapping[str, Any], left: Mapping[str, Any]) -> None:
+    from structlin_nn.sweeps.local import number_of_runs
+
+    form = "{params:,}|{forward_macs:,}|{steps:,}|{total_training_macs:.3g}"
+    rows = [(name, entry.state, *form.format(**entry.counts).split("|")) for name, entry in planned.items()]
+    print_table(("run", "state", "parameters", "MACs forward", "steps", "training MACs"), rows, left=2)
+    macs = {name: entry.counts["total_training_macs"] for name, entry in planned.items()}
+    every, rest = (
+        f"{number_of_runs(len(names))}, {sum(macs[name] for name in names):.3g} training MACs"
+        for names in (planned, left)
+    )
+    print(f"\n{every}; left: {rest}")
+    sys.stdout.flush()
 
 
 def _jobs(arguments: argparse.Namespace, sweep: Any) -> dict[str, Any]:
@@ -129,44 +155,73 @@ def _jobs(arguments: argparse.Namespace, sweep: Any) -> dict[str, Any]:
     return found
 
 
-def _train(arguments: argparse.Namespace, planned: Any, left: dict[str, Any], workers: int) -> int:
-    from structlin_nn.sweeps.local import run_all
+def _train(
+    arguments: argparse.Namespace, planned: Any, left: dict[str, Any], failed: dict[str, str], workers: int
+) -> int:
+    """Train the runs that are left; `failed` are those that failed before, and are not left."""
+    from structlin_nn.sweeps.local import number_of_runs, run_all, state_of
 
     # A step of a small model costs more than its products.
     weights = {n: planned[n].counts["total_training_macs"] + 3e6 * planned[n].counts["samples"] for n in left}
     outcome = run_all(left, workers=workers, weights=weights, progress=not arguments.quiet)
     _print_failed(outcome.failed)
+    failed = failed | outcome.failed
+    _print_number_failed(failed, planned)
+    finished = [
+        name
+        for name, entry in planned.items()
+        if entry.state == "finished" or (name in left and state_of(entry.job.config, entry.job.folder) == "finished")
+    ]
+    if arguments.json:
+        print_json({"finished": finished, "failed": failed})
+    elif left and outcome.signal is None and not arguments.quiet:
+        print(f"done: {len(finished)} of {number_of_runs(len(planned))} finished, {len(failed)} failed")
     if outcome.signal is not None:
         fail("sweep", f"{outcome.signal.name}; the same command resumes the unfinished runs")
         return 128 + outcome.signal
-    if arguments.json:
-        print_json({"finished": [n for n in left if n not in outcome.failed], "failed": outcome.failed})
-    elif not arguments.quiet:
-        done = sum(entry.state == "finished" for entry in planned.values()) + len(left) - len(outcome.failed)
-        print(f"done: {done} of {len(planned)} runs are finished; {len(outcome.failed)} failed")
-    return 1 if outcome.failed else 0
+    return 1 if failed else 0
 
 
-def _submit(arguments: argparse.Namespace, left: dict[str, Any], workers: int, launcher: list[str]) -> int:
+def _submit(
+    arguments: argparse.Namespace, planned: Any, left: dict[str, Any], failed: dict[str, str], workers: int,
+    launcher: list[str],
+) -> int:  # fmt: skip
+    """Submit the runs that are left; `failed` are those that failed before, and are not left."""
     from structlin_nn.recipes._config import assigned
     from structlin_nn.sweeps.submit import failures, submit
 
-    name = Path(arguments.name).stem
-    logs = next(iter(left.values())).folder.parent / "submitit"
-    submitted = submit(
-        name, left, logs, cluster=arguments.submit, workers=workers, launcher=launcher,
-        parameters=assigned(arguments.submit_set),
-    )  # fmt: skip
-    failed = {} if arguments.submit == "slurm" else failures(submitted)
-    _print_failed(failed)
+    submitted: dict[str, Any] = {}
+    now: dict[str, str] = {}
+    if left:
+        name = Path(arguments.name).stem
+        logs = next(iter(left.values())).folder.parent / "submitit"
+        submitted = submit(
+            name, left, logs, cluster=arguments.submit, workers=workers, launcher=launcher,
+            parameters=assigned(arguments.submit_set),
+        )  # fmt: skip
+        now = {} if arguments.submit == "slurm" else failures(submitted)
+    _print_failed(now)
+    _print_number_failed(failed, planned)
     if arguments.json:
-        print_json({"submitted": {run: job.job_id for run, job in submitted.items()}, "failed": failed})
-    elif not arguments.quiet:
+        print_json({"submitted": {run: job.job_id for run, job in submitted.items()}, "failed": failed | now})
+    elif left and not arguments.quiet:
         print_table(("run", "job"), [(run, job.job_id) for run, job in submitted.items()], left=2)
         print(f"\nlogs: {logs}")
-    return 1 if failed else 0
+    return 1 if now or (failed and not left) else 0
 
 
 def _print_failed(failed: Mapping[str, str]) -> None:
     for name, message in failed.items():
         fail("sweep", f"{name}: {message}")
+
+
+def _print_number_failed(failed: Mapping[str, str], planned: Mapping[str, Any]) -> None:
+    """Print in one line on stderr which runs failed, if any did."""
+    from structlin_nn.sweeps.local import number_of_runs
+
+    if failed:
+        names = [*failed][:SHOWN]
+        names += [f"and {len(failed) - SHOWN} more"] if len(failed) > SHOWN else []
+        resumed = "it" if len(failed) == 1 else "them"
+        count = f"{len(failed)} of {number_of_runs(len(planned))} failed"
+        fail("sweep", f"{count}: {', '.join(names)}; --retry resumes {resumed}")

@@ -19,14 +19,16 @@ from structlin_nn._files import atomic_write, cores
 from structlin_nn._text import progress_bar
 from structlin_nn.checkpoints import checkpoints
 from structlin_nn.recipes import recipe_module
-from structlin_nn.records import read_record
+from structlin_nn.records import FAILED, read_record
 
-__all__ = ["MAX_WORKERS", "STATES", "Job", "Outcome", "Planned", "default_workers", "plan", "run_all", "state_of"]
+__all__ = [
+    "MAX_WORKERS", "STATES", "Job", "Outcome", "Planned", "default_workers", "number_of_runs", "plan", "run_all",
+    "state_of",
+]  # fmt: skip
 
 MAX_WORKERS = 8
 """Default limit of parallel processes; each takes about half a gigabyte of memory."""
 STATES = ("new", "begun", "finished", "failed")
-FAILED = "failed.json"
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,17 @@ class Outcome:
 def default_workers() -> int:
     """Return the number of cores, at most `MAX_WORKERS`."""
     return min(cores(), MAX_WORKERS)
+
+
+def number_of_runs(number: int) -> str:
+    """Return a number of runs in words.
+
+    Examples
+    --------
+    >>> number_of_runs(1), number_of_runs(0)
+    ('1 run', '0 runs')
+    """
+    return f"{number} run" if number == 1 else f"{number} runs"
 
 
 def state_of(config: Any, folder: Path) -> str:
@@ -127,7 +140,7 @@ def run_all(jobs: Mapping[str, Job], *, workers: int, weights: Mapping[str, floa
     with (
         Interruption() as interruption,
         ProcessPoolExecutor(workers, context, _prepare_worker, (messages, stop, places)) as pool,
-        progress_bar(total, f"{len(jobs)} runs", quiet=not progress, bar_format=form) as bar,
+        progress_bar(total, number_of_runs(len(jobs)), quiet=not progress, bar_format=form) as bar,
     ):
         largest = sorted(jobs, key=lambda name: -weights[name])
         names = {pool.submit(_train, name, jobs[name]): name for name in largest}
@@ -196,7 +209,7 @@ def _train(name: str, job: Job) -> str | None:
         nonlocal told
         reached = run.step / run.steps
         if reached - told >= 0.02 or run.step == run.steps:
-            messages.put((name, reached - told, "" if loss is None else f"loss {loss:.3f}"))
+            messages.put((name, reached - told, "" if loss is None else f"loss {loss:.4g}"))
             told = reached
         return stop.is_set()
 

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -49,6 +51,8 @@ def planned(capsys: pytest.CaptureFixture[str], more: str = "") -> dict[str, str
 def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", "--list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == names()
+    assert main(["sweep", "--list", "--json"]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == names()
 
 
 def test_a_plan(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,13 +89,18 @@ def test_runs_are_made_skipped_and_made_again(folder: Path, capsys: pytest.Captu
     chosen = f"--only {done.name} --only monarch*-w8"
     assert planned(capsys, chosen) == dict(zip(runs, ["finished", "failed", "new", "new"], strict=True))
     # Not started again without the option.
-    assert main(f"{LINE} --print-commands --only {done.name} --only {again.name}".split()) == 0
-    assert "all runs are finished" in capsys.readouterr().err
+    assert main(f"{LINE} --print-commands --only {done.name} --only {again.name}".split()) == 1
+    assert capsys.readouterr() == ("", f"structlin sweep: 1 of 2 runs failed: {again.name}; --retry resumes it\n")
+    assert main(f"{LINE} --print-commands --only {done.name}".split()) == 0
+    assert capsys.readouterr() == ("", "structlin sweep: all runs are finished\n")
     assert main(f"{LINE} --workers 1 {chosen} --retry --quiet".split()) == 1
     err = capsys.readouterr().err
     assert "finite" in err or "the loss is" in err
     assert f"{diverges.name}: " in err
     assert f"{blocked.name}: NotADirectoryError" in err
+    assert err.splitlines()[-1] == (
+        f"structlin sweep: 2 of 4 runs failed: {diverges.name}, {blocked.name}; --retry resumes them"
+    )
     assert planned(capsys, chosen) == dict(zip(runs, ["finished", "finished", "failed", "failed"], strict=True))
     assert (done / "record.jsonl").read_bytes() == before
     record = read_record(again / "record.jsonl")
@@ -102,6 +111,91 @@ def test_runs_are_made_skipped_and_made_again(folder: Path, capsys: pytest.Captu
     assert "Traceback" in json.loads((blocked / "failed.json").read_text())["traceback"]
     assert main(f"{LINE} --print-commands --retry {chosen}".split()) == 0
     assert "--lr 1e+30" in capsys.readouterr().out
+
+
+def test_failed_runs_are_named_until_they_are_trained_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A later command trains nothing, ends with 1 as well, and prints one JSON document if it is asked for."""
+    Path("mine.py").write_text(SWEEP.replace("grid(width=[8, 16])", "grid(lr=[3e-3, 1e30], width=[8])"))
+    good, bad = "dense-lr0.003-w8", "dense-lr1e+30-w8"
+    line = f"{LINE} --workers 1 --only dense*"
+    assert main([*line.split(), "--json"]) == 1
+    out, err = capsys.readouterr()
+    first = json.loads(out)
+    assert first["finished"] == [good]
+    assert [*first["failed"]] == [bad]
+    last = f"structlin sweep: 1 of 2 runs failed: {bad}; --retry resumes it"
+    assert err.splitlines()[-1] == last
+    assert f"structlin sweep: {bad}: {first['failed'][bad]}" in err.splitlines()
+
+    for more in ("", "--quiet", "--print-commands"):
+        assert main([*line.split(), *more.split()]) == 1, more
+        out, err = capsys.readouterr()
+        assert err == f"{last}\n", more
+        assert bool(out) == (not more)
+        assert more or out.splitlines()[-1].endswith("left: 0 runs, 0 training MACs")
+    for more, found in (
+        ("", first), ("--print-commands", []), ("--submit local", {"submitted": {}, "failed": first["failed"]})
+    ):  # fmt: skip
+        assert main([*line.split(), "--json", *more.split()]) == 1, more
+        assert json.loads(capsys.readouterr().out) == found, more
+    # Commands of other runs are given out, and the failed run is named.
+    assert main(f"{LINE} --print-commands --only dense* --only monarch-lr0.003-w8".split()) == 0
+    out, err = capsys.readouterr()
+    assert (out.count("\n"), err) == (1, last.replace("of 2", "of 3") + "\n")
+
+    assert main(f"{LINE} --only {good}".split()) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1].startswith("1 run, ")
+    assert err == ""
+    assert main(f"{LINE} --only {good} --json".split()) == 0
+    assert json.loads(capsys.readouterr().out) == {"finished": [good], "failed": {}}
+    for name, command in ((bad, "--retry --print-commands"), (good, "--dry-run")):
+        assert main([*f"{LINE} --only {name} --json".split(), *command.split()]) == 0
+        (row,) = json.loads(capsys.readouterr().out)
+        assert row["run"] == name
+
+
+def test_many_failed_runs_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.py").write_text(SWEEP.replace("width=[8, 16]", "width=[8], seed=range(6)"))
+    for name in planned(capsys):
+        Path("runs/mine", name).mkdir(parents=True)
+        Path("runs/mine", name, "failed.json").write_text("{")
+    assert main([*LINE.split(), "--quiet"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("structlin sweep: 12 of 12 runs failed: dense-w8-seed0, dense-w8-seed1, ")
+    assert line.endswith(", and 2 more; --retry resumes them")
+    assert main([*LINE.split(), "--json"]) == 1
+    assert set(json.loads(capsys.readouterr().out)["failed"].values()) == {"failed.json is damaged"}
+
+
+def test_the_bar_of_one_run_with_a_large_loss(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bar is that of a run; its text is short for every loss."""
+    from structlin_nn.recipes import cifar
+    from structlin_nn.sweeps import local
+
+    told: list[tuple[str, float, str]] = []
+
+    class Recipe:
+        @staticmethod
+        def train(config: object, options: object, watch: Any) -> SimpleNamespace:
+            watch(SimpleNamespace(step=5, steps=10), 1595027409948416078349841989632.0)
+            watch(SimpleNamespace(step=10, steps=10), 2.302585)
+            return SimpleNamespace(finished=True)
+
+    messages = SimpleNamespace(put=told.append)
+    monkeypatch.setattr(local, "_shared", (messages, SimpleNamespace(is_set=lambda: False), 1))
+    job = SimpleNamespace(
+        config=SimpleNamespace(threads=1), options=cifar.Options(), folder=Path("run"), recipe=Recipe
+    )  # fmt: skip
+    assert local._train("a", job) is None  # type: ignore[arg-type]
+    assert told == [("a", 0.5, "loss 1.595e+30"), ("a", 0.5, "loss 2.303")]
+
+    def bar(total: float, label: str, **_: Any) -> Any:
+        raise RuntimeError(label)
+
+    monkeypatch.setattr(local, "progress_bar", bar)
+    with pytest.raises(RuntimeError, match=r"^1 run$"):
+        main(f"{LINE} --only dense-w8 --quiet --workers 1".split())
 
 
 @pytest.mark.parametrize(
