@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,11 +31,21 @@ from structlin_nn.counting import device as find_device
 from structlin_nn.models import StructureConfig
 
 __all__ = [
-    "PREFERENCES", "RESOURCES", "ModelPlan", "best_plan", "iso_table", "parse_structure", "plan_model", "plan_models",
-    "plan_of",
+    "PREFERENCES", "RESOURCES", "UNITS", "ModelPlan", "best_plan", "iso_table", "nearest_reason", "parse_structure",
+    "plan_model", "plan_models", "plan_of",
 ]  # fmt: skip
 
 PREFERENCES = ("spent", "width", "params")
+UNITS = {
+    "macs": "MACs",
+    "forward_macs": "MACs of the forward pass",
+    "params": "parameters",
+    "bytes": "bytes",
+    "training_flops": "FLOPs of training",
+    "step_seconds": "seconds for a step",
+    "run_seconds": "seconds for the run",
+}
+"""Resources of models, and of layers (``macs``), in words."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +226,7 @@ def plan_model(
                 parts = number_of_factors(structure, fixed | own)
                 found, after = widest(share, may_fit, start, multiple_of, parts)
         except TooLargeError:
-            asked = " and ".join(f"{b:g} {r}" for r, b in budgets.items())
+            asked = " and ".join(f"{b:g} {UNITS[r]}" for r, b in budgets.items())
             raise ValueError(f"{name} with {structure} fits into {asked} at the largest width, {WIDEST:,}") from None
         if found is None:
             continue
@@ -233,7 +243,8 @@ def plan_model(
     least = costs.quick(min(built, key=lambda choice: built[choice])) or {}
     over = max(budgets, key=lambda r: least[r] / budgets[r])
     raise ValueError(
-        f"{name} with {structure} needs at least {_shown(least[over])} {over}, the budget is {_shown(budgets[over])}"
+        f"{name} with {structure} needs at least {_shown(least[over])} {UNITS[over]}, the budget is "
+        f"{_shown(budgets[over])}"
     )
 
 
@@ -320,6 +331,23 @@ def plan_models(
         except ValueError as error:
             left_out[_label(structure, options)] = str(error)
     return plans, left_out
+
+
+def nearest_reason(reasons: Iterable[str]) -> str:
+    """Return the reason that states the least cost relative to its budget, of those why structures have no plan.
+
+    Examples
+    --------
+    >>> needs = "{} needs at least {} parameters, the budget is 1,000"
+    >>> nearest_reason([needs.format("dense", "20,000"), needs.format("monarch", "1,200"), "a butterfly is square"])
+    'monarch needs at least 1,200 parameters, the budget is 1,000'
+    """
+
+    def excess(reason: str) -> float:
+        found = re.search(r"needs at least (\S+) .*, the budget is (\S+)$", reason)
+        return math.inf if found is None else float(found[1].replace(",", "")) / float(found[2].replace(",", ""))
+
+    return min(reasons, key=excess)
 
 
 def _label(structure: str, options: Mapping[str, Any]) -> str:

@@ -143,7 +143,7 @@ def _of_model(arguments: argparse.Namespace, budgets: dict[str, list[float]]) ->
 
 def _layer(arguments: argparse.Namespace, budgets: dict[str, list[float]]) -> Shown:
     from structlin.planning import RESOURCES, plan_layer, plan_layers
-    from structlin_nn.planning import parse_structure
+    from structlin_nn.planning import UNITS, parse_structure
 
     if wrong := [*given(arguments, (*OF_MODELS, "depth", "laws", "error"))]:
         raise ValueError(f"--{wrong[0].replace('_', '-')} is an option of models, not of a layer")
@@ -156,14 +156,22 @@ def _layer(arguments: argparse.Namespace, budgets: dict[str, list[float]]) -> Sh
     if choices and arguments.structure is None:
         raise ValueError(f"--{next(iter(choices))} of a layer needs --structure")
     settings: dict[str, Any] = {"resource": resource, "dtype": arguments.dtype}
-    left_out: dict[str, str] = {}
     if arguments.structure is None:
         plans, left_out = plan_layers(arguments.shape, amounts[0], **settings)
     else:
-        plans = [
-            plan_layer(name, arguments.shape, amounts[0], given={**options, **choices}, **settings)
-            for name, options in map(parse_structure, arguments.structure)
-        ]
+        plans, left_out = [], {}
+        for text in arguments.structure:
+            name, options = parse_structure(text)
+            try:
+                plans.append(plan_layer(name, arguments.shape, amounts[0], given={**options, **choices}, **settings))
+            except ValueError as error:
+                if "needs at least" not in str(error):
+                    raise
+                left_out[text] = str(error)
+    # The messages of structlin name the resource by its argument.
+    left_out = {name: text.replace(f" {resource}, the", f" {UNITS[resource]}, the") for name, text in left_out.items()}
+    if not plans:
+        raise ValueError(_reason(left_out.values()))
     plans.sort(key=lambda plan: -plan.share)
     record = {"shape": arguments.shape, "resource": resource, "budget": amounts[0], "left_out": left_out}
     rows = [
@@ -260,9 +268,16 @@ def _table(arguments: argparse.Namespace, resource: str, budgets: list[float], s
 
 
 def _reason(reasons: Iterable[str]) -> str:
-    """Return why there is no plan, in one line."""
-    first, *others = dict.fromkeys(reasons)
-    return f"{first}; none of the other structures fits" if others else first
+    """Return why there is no plan, in one sentence about the structure that is nearest to the budget."""
+    from structlin_nn.planning import nearest_reason
+
+    different = list(dict.fromkeys(reasons))
+    nearest = nearest_reason(different)
+    if len(different) == 1:
+        return nearest
+    if "needs at least" not in nearest:  # no structure is too large for the budget
+        return f"{nearest}; the other structures have no plan either"
+    return f"none of the structures fits; the nearest: {nearest}"
 
 
 def _usual(structure: str, options: dict[str, Any]) -> dict[str, Any]:

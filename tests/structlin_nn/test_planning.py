@@ -332,7 +332,7 @@ def test_structures_as_text() -> None:
         ({"budget": -1}, "the budget must be positive and finite, got -1"),
         ({"budget": math.inf}, "the budget must be positive and finite, got inf"),
         ({"budget": math.nan}, "the budget must be positive and finite, got nan"),
-        ({"budget": 1e30}, r"cifar-mlp with dense fits into 1e\+30 forward_macs at the largest width, 1,048,576"),
+        ({"budget": 1e30}, r"fits into 1e\+30 MACs of the forward pass at the largest width, 1,048,576"),
         ({"budget": {}}, "a budget is needed, of forward_macs"),
         ({"budget": {"forward_macs": 1e6, "bytes": 0}}, "the budget of bytes must be positive and finite, got 0"),
         ({"resource": "step_seconds"}, "a budget of step_seconds needs a device"),
@@ -345,7 +345,10 @@ def test_structures_as_text() -> None:
         ({"name": "nowhere:model"}, "nowhere:model cannot be imported"),
         ({"name": "math:pi"}, "math:pi must be a function of a width"),
         ({"name": "math:sqrt", "depth": None, "heads": 2}, "'heads' is a size of named models"),
-        ({"budget": 10}, "cifar-mlp with dense needs at least .* forward_macs, the budget is 10"),
+        (
+            {"budget": 10},
+            "cifar-mlp with dense needs at least 3,106 MACs of the forward pass, the budget is 10",
+        ),
         ({"resource": "training_flops"}, "needs the number of samples"),
         ({"multiple_of": 0}, "multiple_of must be a positive integer, got 0"),
         ({"width": 64}, "at a given width the rank is planned, and dense  leaves none"),
@@ -373,6 +376,14 @@ class TestCommand:
         record = json.loads(self.output(capsys, *words, "--dtype", "bfloat16"))
         assert record["plans"][0]["options"] == {"rank": 6}
         assert record["plans"][0]["bytes"] == 360
+
+    def test_layer_with_a_structure_that_does_not_fit(self, capsys: pytest.CaptureFixture[str]) -> None:
+        words = ("layer", "--shape", "64,64", "--macs", "300", "--structure", "dense", "--structure", "low_rank")
+        out = self.output(capsys, *words)
+        assert re.search(r"low_rank +rank 2 +256", out)
+        assert out.splitlines()[-1] == "dense of shape (64, 64) needs at least 4,096 MACs, the budget is 300"
+        record = json.loads(self.output(capsys, *words, "--json"))
+        assert ([plan["structure"] for plan in record["plans"]], [*record["left_out"]]) == (["low_rank"], ["dense"])
 
     def test_model(self, capsys: pytest.CaptureFixture[str]) -> None:
         words = ("cifar-mlp", "--forward-macs", "1e6", "--structure", "dense", "--structure", "monarch:blocks=4")
@@ -417,7 +428,7 @@ class TestCommand:
             ("cifar-mlp --forward-macs 0", "the budget must be positive and finite, got 0"),
             ("cifar-mlp --forward-macs inf", "the budget must be positive and finite, got inf"),
             ("cifar-mlp --forward-macs 1e6 --step-seconds 1", "a budget of step_seconds needs a device"),
-            ("cifar-mlp --forward-macs 1e30 --structure dense", "fits into 1e+30 forward_macs at the largest width"),
+            ("cifar-mlp --forward-macs 1e30 --structure dense", "fits into 1e+30 MACs of the forward pass at the"),
             ("cifar-mlp --forward-macs many", "must be a number, or several with commas, got 'many'"),
             ("cifar-mlp --params 1e6 --width 4:1", "must be positive, and one at least, got '4:1'"),
             ("cifar-mlp --params 1e6 --rank 1.5", "must be V, V,V,... or FIRST:LAST[:STEP] in integers, got '1.5'"),
@@ -440,7 +451,28 @@ class TestCommand:
             ),
             ("layer --macs 10 --shape 2,3 --structure low_rnak", "unknown structure 'low_rnak'"),
             ("cifar-mlp --params 1e6 --structure low_rank:rank", "must be NAME=VALUE, got 'rank'"),
-            ("cifar-mlp --params 10 --structure dense", "needs at least"),
+            ("cifar-mlp --params 10 --structure dense", "cifar-mlp with dense needs at least 3,138 parameters, the"),
+            (
+                "cifar-mlp --forward-macs 10",
+                "none of the structures fits; the nearest: cifar-mlp with dense needs at least 3,106 MACs of the "
+                "forward pass, the budget is 10",
+            ),
+            ("cifar-mlp --params 10,20", "the nearest: cifar-mlp with kronecker needs at least 458 parameters, the"),
+            ("cifar-mlp --params 1e30", "at the largest width, 1,048,576; the other structures have no plan either"),
+            (
+                "layer --shape 64,64 --macs 1",
+                "none of the structures fits; the nearest: block_diagonal of shape (64, 64) needs at least 64 MACs, "
+                "the budget is 1",
+            ),
+            ("layer --shape 64,64 --macs 1 --json", "the nearest: block_diagonal of shape (64, 64) needs at least 64"),
+            (
+                "layer --shape 64,64 --params 9 --structure dense --structure low_rank",
+                "the nearest: low_rank of shape (64, 64) needs at least 128 parameters, the budget is 9",
+            ),
+            (
+                "layer --shape 64,64 --macs 1 --structure dense",
+                "dense of shape (64, 64) needs at least 4,096 MACs, the",
+            ),
         ],
     )
     def test_misuse(self, words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
