@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from structlin_nn._text import check_known, read_value, suggestion
-from structlin_nn.records import Record, read_record, unsealed
+from structlin_nn.records import Record, failure_of, read_record, unsealed
 
-__all__ = ["EVALUATIONS", "Row", "by_run", "column", "group_rows", "read_rows", "record_paths", "select"]
+__all__ = ["EVALUATIONS", "Row", "by_run", "column", "failed_runs", "group_rows", "read_rows", "record_paths", "select"]
 
 Row = dict[str, Any]
 EVALUATIONS = ("last", "all")
@@ -40,6 +40,22 @@ def record_paths(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
         else:
             raise FileNotFoundError(f"{path} does not exist")
     return found
+
+
+def failed_runs(paths: Iterable[str | os.PathLike[str]]) -> dict[Path, str]:
+    """Return the records of the runs of sweeps that failed, among :func:`record_paths`, with the errors of the runs."""
+    found = {}
+    for path in record_paths(paths):
+        if path.name == "record.jsonl" and (reason := failure_of(path.parent)) is not None and not _ended(path):
+            found[path] = reason
+    return found
+
+
+def _ended(path: Path) -> bool:
+    try:
+        return read_record(path).finished
+    except ValueError:  # the error may have cut off the record
+        return False
 
 
 def read_rows(
@@ -109,8 +125,10 @@ def _from_record(path: Path, record: Record, evaluations: str, unfinished: bool)
     if not record.evaluations:
         raise ValueError(f"{path} holds no evaluation yet")
     if not record.finished and not unfinished:
+        failure = failure_of(path.parent) if path.name == "record.jsonl" else None
+        ended = "stopped" if failure is None else f"failed ({failure})"
         raise ValueError(
-            f"{path}: the run stopped after step {record.evaluations[-1]['step']} of {header['counts']['steps']}; "
+            f"{path}: the run {ended} after step {record.evaluations[-1]['step']} of {header['counts']['steps']}; "
             "resume it, or take unfinished runs (--unfinished)"
         )
     common: Row = {"record": str(path), "task": header["task"]}

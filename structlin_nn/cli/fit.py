@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,11 +24,12 @@ examples:
   structlin fit runs --size params --data tokens --y val_loss --budget 1e21
   structlin fit runs --size params --data tokens --y val_loss --approach 2
 
-RECORDS are run records, folders of run records, or tables (.jsonl, .json, .csv). The law is error = a C^-alpha. --floor
-adds an irreducible error. The law is fitted to logarithms, and a bootstrap gives the intervals. "Less compute" is the
-ratio of the compute of the reference to that of a group at equal error. The error is --at, or the lowest error that
-both reach. The ratio is computed from the laws, and by interpolation between the points. Few points need --noise for
-intervals. If all rows have the seconds of training, groups are also compared by time.
+RECORDS are run records, folders of run records, or tables (.jsonl, .json, .csv). Failed runs of a sweep are left out,
+with a line on stderr for each, unless --unfinished takes them. The law is error = a C^-alpha. --floor adds an
+irreducible error. The law is fitted to logarithms, and a bootstrap gives the intervals. "Less compute" is the ratio of
+the compute of the reference to that of a group at equal error. The error is --at, or the lowest error that both reach.
+The ratio is computed from the laws, and by interpolation between the points. Few points need --noise for intervals. If
+all rows have the seconds of training, groups are also compared by time.
 
 With --size and --data the law is L = E + A/N^alpha + B/D^beta. All groups are fitted together, and share the terms that
 --shared names. --budget prints the best split of a compute budget. --approach 1 and 2 find it without a law.
@@ -69,7 +71,7 @@ def add_rows(parser: argparse.ArgumentParser, x: str | None = None, y: str | Non
     add(group, "--y COLUMN", "error", y)
     add_selection(group)
     add(group, "--all-evaluations", "all evaluations of a run, not only its last")
-    add(group, "--unfinished", "take runs that have not ended")
+    add(group, "--unfinished", "take runs that have not ended, and failed ones")
 
 
 def add_selection(parser: Any) -> None:
@@ -84,11 +86,20 @@ def add_floor(parser: Any) -> None:
 
 
 def read_groups(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows that the options ask for, by group. Raises OSError and ValueError as the reading does."""
-    from structlin_nn.tables import group_rows, read_rows, select
+    """Return the rows that the options ask for, by group. Raises OSError and ValueError as the reading does.
+
+    Failed runs are left out, with a line each on stderr, unless the options ask for unfinished runs.
+    """
+    from structlin_nn.tables import failed_runs, group_rows, read_rows, record_paths, select
 
     every = "all" if arguments.all_evaluations else "last"
-    rows = read_rows(arguments.records, evaluations=every, unfinished=arguments.unfinished)
+    paths = record_paths(arguments.records)
+    failed = {} if arguments.unfinished else failed_runs(paths)
+    for path, reason in failed.items():
+        print(f"left out, since the run failed: {path.parent}: {' '.join(reason.split())}", file=sys.stderr)
+    if failed and len(failed) == len(paths):
+        raise ValueError(f"all runs failed in {', '.join(arguments.records)}; --unfinished takes them as they are")
+    rows = read_rows([path for path in paths if path not in failed], evaluations=every, unfinished=arguments.unfinished)
     rows = select(rows, dict(arguments.where))
     return group_rows(rows, [name for name in arguments.group.split(",") if name])
 

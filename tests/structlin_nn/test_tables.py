@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from structlin_nn.tables import column, group_rows, read_rows, record_paths, select
+from structlin_nn.tables import column, failed_runs, group_rows, read_rows, record_paths, select
 
 WriteRun = Callable[..., Path]
 
@@ -31,6 +31,28 @@ def test_unfinished_run(write_run: WriteRun) -> None:
     assert read_rows([path], unfinished=True)[0]["step"] == 6
     with pytest.raises(ValueError, match=r"run1.jsonl holds no evaluation yet"):
         read_rows([write_run(errors=())], unfinished=True)
+
+
+def test_failed_runs(write_run: WriteRun, tmp_path: Path) -> None:
+    """A run of a sweep failed if its folder says so and its record does not end with the last step."""
+    states = {"good": 10, "bad": 6, "retried": 10, "begun": 6, "cut": 6}
+    paths = {}
+    for name, last in states.items():
+        source = write_run(errors=(0.9, 0.4), steps=10, last_step=last)
+        paths[name] = tmp_path / "sweep" / name / "record.jsonl"
+        paths[name].parent.mkdir(parents=True)
+        source.rename(paths[name])
+    paths["cut"].write_bytes(paths["cut"].read_bytes()[:-5])
+    for name in ("bad", "retried", "cut"):
+        (paths[name].parent / "failed.json").write_text('{"error": "ValueError: the loss is nan"}')
+    assert failed_runs([tmp_path]) == dict.fromkeys((paths["bad"], paths["cut"]), "ValueError: the loss is nan")
+    assert failed_runs([paths["good"], paths["bad"]]) == {paths["bad"]: "ValueError: the loss is nan"}
+    with pytest.raises(
+        ValueError, match=r"bad/record.jsonl: the run failed \(ValueError: the loss is nan\) after step 6"
+    ):
+        read_rows([paths["bad"]])
+    with pytest.raises(ValueError, match=r"begun/record.jsonl: the run stopped after step 6 of 10"):
+        read_rows([paths["begun"]])
 
 
 def test_folder(write_run: WriteRun, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -300,3 +301,35 @@ def test_equal_times_leave_the_laws_of_compute(tmp_path: Path, capsys: pytest.Ca
     out = output(capsys, *words)
     assert "against dense" in out
     assert "not fitted: all groups by time: dense: a law of 2 parameters needs at least 2 different values" in out
+
+
+def test_failed_runs_of_a_sweep_are_left_out(
+    write_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`fit` and `figure` name them in one line on stderr; --unfinished takes them."""
+    for name, macs, error, last in (("a", 1000, 0.5, 10), ("b", 4000, 0.3, 10), ("c", 9000, 0.2, 10), ("d", 9, 9e9, 0)):
+        place = tmp_path / "sweep" / name / "record.jsonl"
+        place.parent.mkdir(parents=True)
+        write_run(errors=(0.9, error) if last else (0.9,), macs=macs, last_step=last).rename(place)
+    failed = tmp_path / "sweep" / "d"
+    (failed / "failed.json").write_text('{"error": "ValueError: the loss\\nis nan"}')
+    line = f"left out, since the run failed: {failed}: ValueError: the loss is nan\n"
+    fit = ["fit", str(tmp_path / "sweep"), "--samples", "20", "--json"]
+    assert main(fit) == 0
+    out, err = capsys.readouterr()
+    assert err == line
+    assert json.loads(out)["groups"]["dense"]["points"] == 3
+
+    def figure(*more: str) -> tuple[str, str]:
+        target = tmp_path / "curves.svg"
+        assert main(["figure", "curves", str(tmp_path / "sweep"), "--out", str(target), *more]) == 0
+        assert target.exists()
+        return capsys.readouterr()
+
+    assert figure()[1] == line
+    assert figure("--unfinished")[1] == ""
+    assert main(["fit", str(failed)]) == 2
+    assert f"all runs failed in {failed}; --unfinished takes them" in capsys.readouterr().err
+    (failed / "failed.json").unlink()
+    assert main(fit) == 2
+    assert "the run stopped after step 0 of 10; resume it" in capsys.readouterr().err
