@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -107,6 +108,8 @@ class _Entry(NamedTuple):
     axes: tuple[int, ...] | None = None
 
     def torch(self) -> np.ndarray:
+        if isinstance(self.variable.get_value(), jax.ShapeDtypeStruct):
+            raise ValueError(f"{self.name} has no values, because the model is abstract (nnx.eval_shape)")
         array = np.asarray(self.variable[...])
         return array if self.axes is None else array.transpose(self.axes)
 

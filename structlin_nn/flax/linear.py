@@ -135,6 +135,12 @@ class StructuredLinear(PlannedLayer, nnx.Module):
                 f"got shape {tuple(x.shape)}"
             )
         factors = list(self.effective_factors())
+        for factor, spec in zip(factors, self.structure.factors, strict=True):
+            if factor.shape != spec.shape:
+                raise ValueError(
+                    f"a factor has shape {tuple(factor.shape)}, expected {spec.shape}: call layers that nnx.vmap "
+                    "stacked within nnx.vmap or nnx.scan"
+                )
         bias = None if self.bias is None else self.bias[...]
         indices = {number: factors[number] for number in self._plan.index_at}
         weights = [factor for number, factor in enumerate(factors) if number not in indices]

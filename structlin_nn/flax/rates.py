@@ -183,7 +183,7 @@ def optimizer_for(
     >>> schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, warmup_steps=10, decay_steps=100)
     >>> optimizer = nnx.Optimizer(model, optimizer_for(model, lr=schedule, weight_decay=0.1), wrt=nnx.Param)
     """
-    check_arguments(0.0 if callable(lr) else lr, weight_decay, optimizer, decay, independent_decay)
+    check_arguments(_known(lr), _known(weight_decay), optimizer, decay, independent_decay)
     if optimizer != "sgd" and (momentum or nesterov):
         raise ValueError(f"momentum={momentum} and nesterov={nesterov} need optimizer='sgd', got {optimizer!r}")
     if not 0 <= momentum < 1 or (nesterov and not momentum):
@@ -194,7 +194,7 @@ def optimizer_for(
         model, base_model, optimizer=optimizer, structure_aware=structure_aware, extra_multipliers=extra_multipliers,
         rules=rules, decay=decay,
     )  # fmt: skip
-    decayed = [_add_decay(rates, weight_decay, independent_decay)] if weight_decay else []
+    decayed = [_add_decay(rates, weight_decay, independent_decay)] if _is_traced(weight_decay) or weight_decay else []
     first, second = betas
     steps = {
         "adam": [*decayed, optax.scale_by_adam(first, second, eps)],
@@ -203,6 +203,17 @@ def optimizer_for(
         "sgd": [*decayed, *([optax.trace(momentum, nesterov)] if momentum else [])],
     }[optimizer]
     return optax.chain(*steps, scale_by_rates(rates), optax.scale_by_learning_rate(lr))
+
+
+def _is_traced(value: Any) -> bool:
+    return isinstance(value, jax.core.Tracer)
+
+
+def _known(value: Any) -> Any:
+    """Return a rate or a decay as a number; 0 for a schedule, and for a traced one (``optax.inject_hyperparams``)."""
+    if callable(value) or _is_traced(value):
+        return 0.0
+    return value.item() if isinstance(value, jax.Array) and value.ndim == 0 else value
 
 
 def _add_decay(rates: ParameterRates, weight_decay: float, independent: bool) -> optax.GradientTransformation:

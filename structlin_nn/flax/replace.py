@@ -188,13 +188,14 @@ def _dense(name: str, layer: StructuredLinear) -> nnx.Linear:
     if stacked := [factor.shape for factor, shape in zip(layer.factors, shapes, strict=True) if factor.shape != shape]:
         raise ValueError(f"layer {name!r} has a factor of shape {stacked[0]}, stacked by nnx.vmap; call "
                          "to_dense_linear in the function that nnx.vmap maps")  # fmt: skip
+    kind = next((factor.dtype for factor in layer.factors), layer.param_dtype)  # it may have been cast
     made = nnx.Linear(
         layer.in_features, layer.out_features, use_bias=layer.bias is not None, dtype=layer.dtype,
-        param_dtype=layer.param_dtype, bias_metadata=_kept_metadata(layer.bias), rngs=nnx.Rngs(0),
-        kernel_init=lambda *_: jnp.asarray(layer.operator.to_dense().T, layer.param_dtype),
+        param_dtype=kind, bias_metadata=_kept_metadata(layer.bias), rngs=nnx.Rngs(0),
+        kernel_init=lambda *_: jnp.asarray(layer.operator.to_dense().T, kind),
     )  # fmt: skip
     if layer.bias is not None and made.bias is not None:
-        made.bias[...] = layer.bias[...]
+        made.bias.set_value(layer.bias[...])
     return made
 
 

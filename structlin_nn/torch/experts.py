@@ -150,7 +150,12 @@ class StructuredExperts(StructuredLinear):
     @property
     def operator(self) -> structlin.StructuredOperator:
         """Not defined: each expert has a matrix of its own. See :meth:`operators`."""
-        raise TypeError("StructuredExperts has one operator for each expert; call operators()")
+        raise AttributeError  # torch then calls __getattr__
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "operator":
+            raise AttributeError("StructuredExperts has one operator for each expert; call operators()")
+        return super().__getattr__(name)
 
     def operators(self) -> tuple[structlin.StructuredOperator, ...]:
         """Return the matrix of each expert as an operator, without copies of the factors."""

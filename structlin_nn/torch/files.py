@@ -327,6 +327,9 @@ def _entries(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise ValueError(f"entry {name} of the state dict must be a tensor, got a {type(tensor).__name__}")
         if hasattr(tensor, "placements"):
             raise ValueError(f"{name} is sharded over processes; gather it first")
+        if type(tensor) not in (Tensor, nn.Parameter):  # several of them can have the same address
+            raise ValueError(f"{name} is a {type(tensor).__name__}, which a .safetensors file cannot hold: save the "
+                             "model before it is quantised, or its state dict with torch.save")  # fmt: skip
         if tensor.is_meta or tensor.layout is not torch.strided:
             what = "on the meta device and has no values" if tensor.is_meta else f"of layout {tensor.layout}"
             raise ValueError(f"{name} is {what}")

@@ -135,3 +135,8 @@ def test_shared_parameters() -> None:
     np.testing.assert_array_equal(model.layers[0].kernel[...], np.eye(2))
     with pytest.raises(ValueError, match="are one parameter in flax"):
         to_flax({**state, "layers.0.weight": torch.zeros(2, 2)}, model)
+
+
+def test_an_abstract_model_has_no_values() -> None:
+    with pytest.raises(ValueError, match="has no values, because the model is abstract"):
+        to_torch(nnx.eval_shape(lambda: nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))))

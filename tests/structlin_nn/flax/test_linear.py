@@ -384,3 +384,12 @@ def test_state_is_that_of_torch() -> None:
     assert set(state) == set(theirs.state_dict())
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(state[name], tensor), name
+
+
+def test_stacked_layers_outside_of_vmap_are_named() -> None:
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stacked(rngs: nnx.Rngs) -> StructuredLinear:
+        return StructuredLinear(16, 16, structure="low_rank", rank=3, rngs=rngs)
+
+    with pytest.raises(ValueError, match=r"has shape \(2, 3, 16\), expected \(3, 16\): .* nnx.vmap or nnx.scan"):
+        stacked(nnx.Rngs(0).split(2))(jnp.ones((2, 16)))

@@ -206,3 +206,23 @@ def test_steps_are_those_of_torch(optimizer: str, options: dict, torch_class, to
 
 def test_rule_of_torch_and_flax_is_one_class() -> None:
     assert ParameterRule is TorchRule
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_injected_hyperparameters(optimizer: str) -> None:
+    """``optax.inject_hyperparams`` calls the function with arrays, and with traced ones under jit."""
+    model = nnx.Sequential(StructuredLinear(16, 16, structure="monarch", blocks=4, rngs=nnx.Rngs(0)))
+    params = nnx.state(model, nnx.Param)
+    gradients = jax.tree.map(jnp.ones_like, params)
+
+    def make(lr: float, decay: float) -> optax.GradientTransformation:
+        return optimizer_for(model, optimizer=optimizer, lr=lr, weight_decay=decay)
+
+    found = []
+    for transformation in (optax.inject_hyperparams(make)(lr=1e-3, decay=0.1), make(1e-3, 0.1)):
+        state = transformation.init(params)
+        found.append(jax.jit(transformation.update)(gradients, state, params)[0])
+    for one, two in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5)
+    with pytest.raises(ValueError, match="must not be negative, got -1"):
+        make(jnp.float32(-1.0), 0.1)

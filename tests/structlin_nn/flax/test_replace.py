@@ -179,3 +179,13 @@ def test_back_to_dense() -> None:
     np.testing.assert_allclose(model(x), before, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match=r"no linear layers \(StructuredLinear\)"):
         to_dense_linear(model)
+
+
+def test_back_to_dense_after_a_cast() -> None:
+    model = nnx.Sequential(StructuredLinear(16, 16, structure="monarch", blocks=4, rngs=nnx.Rngs(0)))
+    nnx.update(model, jax.tree.map(lambda a: a.astype(jnp.bfloat16), nnx.state(model, nnx.Param)))
+    x = jnp.ones((2, 16), jnp.bfloat16)
+    before = model(x)
+    to_dense_linear(model)
+    assert {model(x).dtype, model.layers[0].kernel.dtype, model.layers[0].bias.dtype} == {jnp.dtype(jnp.bfloat16)}
+    np.testing.assert_allclose(np.float32(model(x)), np.float32(before), atol=0.05)

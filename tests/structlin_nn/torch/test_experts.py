@@ -488,3 +488,10 @@ def test_generation_is_that_of_the_dense_model():
         for one in (model, dense)
     )
     assert torch.equal(made, expected)
+
+
+def test_experts_have_no_operator() -> None:
+    layer = StructuredExperts(3, 16, 24, structure="monarch", blocks=4)
+    assert not hasattr(layer, "operator")
+    with pytest.raises(AttributeError, match="one operator for each expert"):
+        _ = layer.operator

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import io
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from structlin_nn.torch import StructuredLinear
+from structlin_nn.torch import StructuredLinear, save_structured
 
 quantization = pytest.importorskip("torchao.quantization")
 
@@ -82,3 +83,10 @@ def test_one_factor_can_stay_as_it_is() -> None:
     quantization.quantize_(layer, quantization.FqnToConfig(config), filter_fn=None)
     assert [type(p).__name__ for p in layer.factors.parameters()] == ["Parameter", "Int8Tensor"]
     torch.testing.assert_close(layer(x), y, rtol=0.05, atol=0.05)
+
+
+def test_a_quantised_model_is_not_written_to_a_file(tmp_path: Path) -> None:
+    """All quantised tensors have the address 0, so that they would be taken for tied ones."""
+    model = quantised(make(), "Int8WeightOnlyConfig")
+    with pytest.raises(ValueError, match=r"0.factors.0 is a Int8Tensor, which a .safetensors file cannot hold"):
+        save_structured(model, tmp_path / "quantised.safetensors")
