@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import reduce
 from typing import Any
 
 import cola
 import numpy as np
+import scipy.sparse.linalg as sparse
 from cola.annotations import Stiefel
 from cola.ops import Adjoint, BlockDiag, Identity, LinearOperator, Transpose
 from cola.ops import Kronecker as ColaKronecker
@@ -15,17 +17,20 @@ from cola.ops import Kronecker as ColaKronecker
 from structlin._arrays import Array, backend_of, in_library
 from structlin._implicit import frozen
 from structlin._iterations import iterate
-from structlin._lapack import known, lapack, nan_unless
+from structlin._lapack import eps, is_known, is_transformed, known, lapack, nan_unless
 from structlin.algebra import contract as _contract
 from structlin.algebra.chains import largest
 from structlin.linalg._common import like, require_limits, require_operator
 from structlin.linalg._diagonal import unit_columns
 from structlin.linalg._forms import diagonal_of, without_scalars
-from structlin.linalg._iterative import ConvergenceError
+from structlin.linalg._iterative import ConvergenceError, host_array
 from structlin.operators import StructuredOperator
 
 _CHUNK = 256  # columns of a matrix without structure that are computed at once
 _NUMBERS = 2**20  # numbers in them at most
+_VECTORS = 120  # vectors of the basis of ARPACK at most, and at least 20
+_BASIS = 2**24  # numbers in them at most
+_ROUNDOFFS = 100  # relative residual of a singular value that is always accepted
 
 
 # -- inner product and Frobenius norm ------------------------------------------------------------------------------
@@ -157,10 +162,11 @@ def _scaled_norm(x: Array) -> Array:
 def spectral_norm(A: LinearOperator, *, tolerance: float = 1e-6, max_iterations: int = 10_000, seed: int = 0) -> Array:
     """Return the largest singular value, a real 0-d array.
 
-    The table in ``docs/linalg.md`` lists the structures with a closed form. Without one, power iteration on ``A^H A``
-    runs from a random vector until ``|A^H A v - s^2 v| <= tolerance s^2``. Then a singular value lies within a relative
-    ``tolerance / 2`` of s. It is the largest one, with an error of the order of ``tolerance^2``, unless the start is
-    orthogonal to its vectors or another singular value is as close. The derivative is that of ``u^H A v`` with constant
+    The table in ``docs/linalg.md`` lists the structures with a closed form. Without one, the Lanczos method (ARPACK, on
+    the host) for ``A^H A`` or ``A A^H`` runs from a random vector. The result s has a vector v with
+    ``|A^H A v - s^2 v| <= tolerance s^2``, which is verified (100 roundoffs are allowed in any case). Then a singular
+    value lies within a relative ``tolerance / 2`` of s. It is the largest one, unless the start is orthogonal to its
+    vectors. Traced values are iterated by the power method instead. The derivative is that of ``u^H A v`` with constant
     vectors.
 
     Parameters
@@ -170,7 +176,7 @@ def spectral_norm(A: LinearOperator, *, tolerance: float = 1e-6, max_iterations:
     tolerance
         Bound of the relative residual, between 0 and 1.
     max_iterations
-        Largest number of iterations, of two products each.
+        Largest number of iterations, of one product with A and one with ``A^H`` each.
     seed
         Seed of the random vector.
 
@@ -198,7 +204,7 @@ def spectral_norm(A: LinearOperator, *, tolerance: float = 1e-6, max_iterations:
     else:
         found = _closed_spectral_norm(A)
         if found is None:
-            found = _power_iteration(A, tolerance, max_iterations, seed)
+            found = _iterated(A, tolerance, max_iterations, seed)
     return found if c is None else found * abs(in_library(c, found))
 
 
@@ -222,39 +228,73 @@ def _closed_spectral_norm(A: LinearOperator) -> Array | None:
     return None if answer is None else answer.value
 
 
-def _power_iteration(A: LinearOperator, tolerance: float, max_iterations: int, seed: int) -> Array:
-    start = np.random.default_rng(seed).standard_normal((A.shape[1], 1))
-    v = like(start / np.linalg.norm(start), A)
-    xp = lapack(v)
-    fixed = frozen(A)
+def _iterated(A: LinearOperator, tolerance: float, limit: int, seed: int) -> Array:
+    if A.shape[0] < A.shape[1]:
+        A = A.T
+    n = A.shape[1]
+    if 1 <= n <= 2:  # ARPACK needs more columns
+        return largest(A @ unit_columns(A, 0, n))
+    start = np.random.default_rng(seed).standard_normal(n)
+    v = like((start / np.linalg.norm(start))[:, None], A)
+    xp, fixed = lapack(v), frozen(A)
     adjoint = fixed.H
     first = xp.abs(fixed @ v)
-    scale = xp.max(first) if len(first) else first.sum()  # squares of singular values may overflow or underflow
+    scale = xp.max(first)  # squares of singular values may overflow or underflow
     scale = xp.where(scale == 0, scale * 0 + 1, scale)
+
+    def square(v: Array) -> Array:
+        return adjoint @ ((fixed @ v) / scale) / scale
 
     def step(state: Any) -> tuple[Array, Array]:
         v = state[0]
-        w = adjoint @ ((fixed @ v) / scale) / scale
-        square, size = xp.real((xp.conj(v) * w).sum()), xp.norm(w)
+        w = square(v)
+        value, size = xp.real((xp.conj(v) * w).sum()), xp.norm(w)
         zero = size == 0
-        residual = xp.where(zero, size * 0, xp.norm(w - square * v) / xp.where(zero, size * 0 + 1, square))
+        residual = xp.where(zero, size * 0, xp.norm(w - value * v) / xp.where(zero, size * 0 + 1, value))
         return xp.where(residual <= tolerance, v, w / xp.where(zero, size * 0 + 1, size)), residual
 
-    worst = xp.norm(v) * 0 + math.inf
-    v, residual, _ = iterate(
-        step, lambda state: ~(state[1] <= tolerance), (v, worst), max_iterations, backend_of(v) == "jax"
-    )
+    if n and is_known(first) and not is_transformed(first):
+        v = _lanczos(fixed, square, v, tolerance, limit)
+        residual = step((v,))[1]
+    else:
+        worst = xp.norm(v) * 0 + math.inf
+        v, residual, _ = iterate(
+            step, lambda state: ~(state[1] <= tolerance), (v, worst), limit, backend_of(v) == "jax"
+        )
     u = fixed @ v / scale
     size = xp.norm(u)
     u = u / xp.where(size == 0, size * 0 + 1, size)
     value = xp.real((xp.conj(u) * (A @ v)).sum())
+    bound = max(tolerance, _ROUNDOFFS * eps(v.dtype))
     worst = known(residual)
     if worst is None:
-        return value + nan_unless(residual <= tolerance, value)
-    if not worst <= tolerance:
-        raise ConvergenceError(
-            f"power iteration left a relative residual of {worst:.1e} after {max_iterations} iterations, "
-            f"the tolerance is {tolerance:.0e}; raise max_iterations or tolerance (close singular values converge "
-            "slowly)"
-        )
+        return value + nan_unless(residual <= bound, value)
+    if worst > bound:  # not for NaN
+        raise _not_converged(f"of {worst:.1e}", tolerance, limit)
     return value
+
+
+def _lanczos(A: LinearOperator, square: Any, v: Array, tolerance: float, limit: int) -> Array:
+    """Return a vector for the largest eigenvalue of ``square`` by ARPACK; v if the first product is 0 or not finite."""
+    count = itertools.count(1)
+    n, dtype = v.shape[0], np.result_type(host_array(v).dtype, np.float64)
+
+    def product(x: np.ndarray) -> np.ndarray:
+        if next(count) > limit:
+            raise _not_converged("above the tolerance", tolerance, limit)
+        return host_array(square(like(x.reshape((n, 1)), A)))
+
+    first = product(start := host_array(v))
+    if not 0 < abs(first).max() < math.inf:
+        return v
+    H = sparse.LinearOperator((n, n), product, dtype=dtype)
+    width = min(n, max(20, min(_VECTORS, _BASIS // n)))
+    _, found = sparse.eigsh(H, 1, which="LM", v0=start[:, 0].astype(dtype), tol=tolerance / 2, maxiter=limit, ncv=width)
+    return like(found.copy(), A)
+
+
+def _not_converged(residual: str, tolerance: float, limit: int) -> ConvergenceError:
+    return ConvergenceError(
+        f"the largest singular value has a relative residual {residual} after {limit} iterations, the tolerance is "
+        f"{tolerance:.0e}; raise max_iterations or tolerance (close singular values converge slowly)"
+    )

@@ -200,13 +200,13 @@ def way(monkeypatch):
             return plain(self)
 
         monkeypatch.setattr(cls, "to_dense", dense)
-    iterate = _norms._power_iteration
+    iterate = _norms._iterated
 
     def iterated(*args, **options):
         flags.add("iterative")
         return iterate(*args, **options)
 
-    monkeypatch.setattr(_norms, "_power_iteration", iterated)
+    monkeypatch.setattr(_norms, "_iterated", iterated)
     for module in (_norms, _diagonal):
         monkeypatch.setattr(module, "_CHUNK", CHUNK)
 
