@@ -24,6 +24,7 @@ class Verdict(Enum):
     #: A closed form without cancellation, or the residual of this problem is at roundoff.
     VERIFIED = "verified"
     #: Values are traced, so they cannot be checked at this point. A check in the traced code gives NaN if it fails.
+    #: Also, a right-hand side is not finite, and so its solution is NaN.
     NOT_VERIFIED = "not verified"
     #: The matrix is singular to working precision.
     SINGULAR = "singular"
