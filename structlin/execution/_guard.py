@@ -8,6 +8,7 @@ torch. So are all operands while a transformation observes or records the single
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from structlin.structure import AbstractStructure
 
-__all__ = ["Guard", "addressable", "as_kept", "guard_of", "recording", "transforming", "watched"]
+__all__ = ["Guard", "addressable", "as_kept", "guard_of", "recording", "shield", "transforming", "watched"]
 
 TensorGuards: Any = None
 with suppress(ImportError):  # torch.compile's checks in C++; not public, so a version of torch may lack them
@@ -28,11 +29,23 @@ with suppress(ImportError):  # torch.compile's checks in C++; not public, so a v
 
 _PARAMETER = torch.nn.Parameter
 _tracing = torch._C._get_tracing_state
+_shielded: set[Any] = set()
 _measurements = threading.local()  # .depth: that run in a thread
 
 
 def _compiling() -> bool:
     return torch.compiler.is_compiling() and not getattr(_measurements, "depth", 0)
+
+
+def shield(function: Any) -> None:
+    """Keep ``torch.compile`` from compiling the backward pass of an ``autograd.Function`` from now on.
+
+    Dynamo reads the saved tensors of a function that it compiles once more, which activation checkpoints do not allow.
+    This is done in the forward pass, because ``torch.compiler.disable`` imports the compiler, which takes seconds.
+    """
+    if "torch._dynamo" in sys.modules and function not in _shielded:
+        _shielded.add(function)
+        function.backward = staticmethod(torch.compiler.disable(function.backward))
 
 
 def recording() -> bool:

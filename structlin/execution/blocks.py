@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from structlin.execution import choice
 from structlin.execution._gradients import SingleProducts
-from structlin.execution._guard import addressable, apart, as_kept, guard_of, recording, watched
+from structlin.execution._guard import addressable, apart, as_kept, guard_of, recording, shield, watched
 from structlin.execution.compiled._activations import ACTIVATIONS
 from structlin.execution.compiled._target import CompileError, host, tiled_host, warn_once
 from structlin.execution.compiled.block import BlockProgram, BlockSpec, make_block
@@ -251,6 +251,7 @@ def first_kind(kind: str) -> str:
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, block: TorchBlock, kind: str, x: Tensor, *operands: Tensor | None) -> Any:
+        shield(_Differentiable)
         ctx.block, ctx.kind = block, kind
         ctx.set_materialize_grads(True)
         kept: list[Tensor] = []
@@ -260,7 +261,6 @@ class _Differentiable(torch.autograd.Function):
         return found if len(found) > 1 else found[0]
 
     @staticmethod
-    @torch.compiler.disable  # Dynamo unpacks saved tensors again, which activation checkpoints do not allow
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         block: TorchBlock = ctx.block
         x, *saved = ctx.saved_tensors

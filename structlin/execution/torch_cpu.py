@@ -16,7 +16,7 @@ from torch import Tensor
 
 from structlin.execution import choice
 from structlin.execution._gradients import SingleProducts
-from structlin.execution._guard import Guard, addressable, as_kept, recording, transforming
+from structlin.execution._guard import Guard, addressable, as_kept, recording, shield, transforming
 from structlin.execution._kept import kept
 from structlin.execution.batched import BatchedChain
 from structlin.execution.chunked import ChunkedChain
@@ -166,6 +166,7 @@ class _Differentiable(torch.autograd.Function):
     def forward(
         ctx: Any, chain: CPUChain, passes: Passes, back: Passes, x: Tensor, bias: Tensor | None, *factors: Tensor
     ) -> Tensor:  # fmt: skip
+        shield(_Differentiable)
         # The first factor's gradient reads the input alone, and the ways do not read what others keep.
         keeps = any(ctx.needs_input_grad[6:]) and back is passes
         y, taken, kept = chain.forward(passes, x, factors, bias, keeps)
@@ -175,7 +176,6 @@ class _Differentiable(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.compiler.disable  # Dynamo unpacks saved tensors again, which activation checkpoints do not allow
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         chain: CPUChain = ctx.chain
         count = 1 + len(chain.structure.steps)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from structlin.execution import fused, traffic
 from structlin.execution._gradients import SingleProducts
-from structlin.execution._guard import recording, transforming
+from structlin.execution._guard import recording, shield, transforming
 from structlin.execution._kept import kept
 from structlin.execution._orders import TOKENS, view_of
 from structlin.execution.choice import Problem, Way
@@ -210,6 +210,7 @@ class _Differentiable(torch.autograd.Function):
     def forward(
         ctx: Any, way: StridedWay, structure: Structure, rows: bool, x: Tensor, bias: Tensor | None, *factors: Tensor
     ) -> Tensor:  # fmt: skip
+        shield(_Differentiable)
         ctx.way, ctx.structure, ctx.rows = way, structure, rows
         kept: list[Tensor] = []
         y = way.forward(structure, factors, x, bias, rows, kept if any(ctx.needs_input_grad[6:]) else None)
@@ -218,7 +219,6 @@ class _Differentiable(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.compiler.disable  # as of the ways on a CPU
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         count = 1 + len(ctx.structure.steps)
         x, *rest = ctx.saved_tensors

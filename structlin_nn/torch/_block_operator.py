@@ -20,12 +20,11 @@ from structlin.execution._gradients import SingleProducts
 from structlin.execution._guard import guard_of, transforming
 from structlin.execution.blocks import HALF, TorchBlock, by_autograd, first_kind, torch_block
 from structlin.execution.compiled._target import CompileError
-from structlin_nn.torch._operator import from_text, is_batched, refuse_forward_mode, to_text
+from structlin_nn.torch._operator import from_text, is_batched, refuse_forward_mode, shield, to_text
 
 TOKENS = 1024  # for which a pass is chosen if the compiler does not know their number
 
 
-@torch.compiler.assume_constant_result
 def graph_pass(
     chains: tuple[str, ...], mlp: bool, activation: str | None, biases: tuple[bool, ...], norm: str | None, eps: float,
     affine: tuple[bool, bool], residual: bool, dtype: torch.dtype, tokens: int, train: bool,
@@ -45,6 +44,10 @@ def graph_pass(
     if half is not None:
         block, kind = half, first_kind(kind)
     return block_text(block), kind, block.stored_rows(dtype, kind) if train else [], half is not None
+
+
+# As torch.compiler.assume_constant_result does, which imports the compiler.
+graph_pass._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def block_text(block: TorchBlock) -> str:
@@ -154,6 +157,7 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    shield(block_pass, _backward, _keep)
     x, operands, ctx.block, ctx.kind, rows = inputs
     ctx.for_rows = None if rows else []  # torch expects a list as the gradient of an empty list, even one of integers
     ctx.count = len(block_from_text(ctx.block).outputs)
@@ -163,7 +167,6 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.operands = len(operands)
 
 
-@torch.compiler.disable  # Dynamo unpacks saved tensors again, which activation checkpoints do not allow
 def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
     x, *saved = ctx.saved_tensors
     operands, kept = saved[: ctx.operands], saved[ctx.operands :]

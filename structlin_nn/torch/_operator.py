@@ -12,6 +12,7 @@ Operators written in Python have no forward-mode derivatives and do not support 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -60,6 +61,16 @@ def refuse_forward_mode() -> None:
         raise NotImplementedError("structlin::chain has no forward-mode derivative; call structure.apply instead")
 
 
+def shield(operator: Any, backward: Any, keep: Any) -> None:
+    """Do what :func:`structlin.execution._guard.shield` does, for the derivative of an operator."""
+    if operator not in _shielded and "torch._dynamo" in sys.modules:
+        _shielded.add(operator)
+        operator.register_autograd(torch.compiler.disable(backward), setup_context=keep)
+
+
+_shielded: set[Any] = set()
+
+
 def is_batched(gradient: Tensor) -> bool:
     """Whether this is a batch of gradients (``is_grads_batched``), for which operators have no rule."""
     functorch = torch._C._functorch
@@ -96,11 +107,11 @@ def _(gy: Tensor, x: Tensor, factors: list[Tensor], structure: str, needs: list[
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    shield(chain, _backward, _keep_inputs)
     x, factors, ctx.structure = inputs
     ctx.save_for_backward(x, *factors)
 
 
-@torch.compiler.disable  # Dynamo unpacks saved tensors again, which activation checkpoints do not allow
 def _backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
     x, *factors = ctx.saved_tensors
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
@@ -120,7 +131,6 @@ def _keep_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(gy, x, *factors)
 
 
-@torch.compiler.disable
 def _double_backward(ctx: Any, outer: list[Tensor]) -> tuple[Any, ...]:
     structure, needs = from_text(ctx.structure), ctx.needs
 

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import guard_scalar, optimization_hint
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -341,6 +340,8 @@ def _in_graph(
     biases: tuple[bool, ...], norm: str | None, eps: float, affine: tuple[bool, bool], residual: bool,
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
     """Return the outputs by a node of a graph that is compiled, or None if separate layers are faster."""
+    from torch.fx.experimental.symbolic_shapes import guard_scalar, optimization_hint  # it takes a second to import
+
     given = [t for t in operands if t is not None]
     if not all(type(t) in _PLAIN and t.dtype is x.dtype and t.device == x.device for t in (x, *given)):
         return None

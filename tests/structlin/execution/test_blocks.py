@@ -10,13 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import structlin
 from structlin import execution
 from structlin.execution import choice, tuning, wisdom
-from structlin.execution._guard import recording
 from structlin.execution.blocks import BlockProblem, TorchBlock, torch_block
 from structlin.execution.compiled import _activations
 from structlin.execution.compiled._emit import Emitter, Memory
@@ -453,20 +451,6 @@ def test_timings_are_apart_from_the_call_that_needs_them() -> None:
         found = problem.measure()
     assert seen == []
     assert found["separate"] > 0
-
-
-def test_a_measurement_is_apart_from_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise, the backward pass of a measurement would be recorded, which takes longer, and the choice be wrong."""
-    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
-    block = block_of([btt(24, 40)], btt(40, 24))
-    problem, ran = BlockProblem(block, "float32", 64, 1, True), []
-    backward = type(block).backward
-    monkeypatch.setattr(type(block), "backward", lambda self, *given: ran.append(1) or backward(self, *given))
-    assert recording()
-    with FakeTensorMode(), torch.autocast("cpu"):
-        assert problem.measure(["separate", "block-16"]).keys() == {"separate", "block-16"}
-    assert ran
-    assert recording()
 
 
 @pytest.mark.usefixtures("cache")

@@ -305,7 +305,7 @@ class TestImageNet:
             pytest.skip(f"this timm has no {name}")
         config = imagenet_config.replace(
             model=f"timm:{name}", image_size=64, epochs=1, structure="dense", options={}, batch_size=8, ema=0.5,
-            depth=12, heads=4, patch=32,
+            depth=12, heads=4, patch=32, width=0, base_width=0,
         )  # fmt: skip
         result = imagenet.train(config, options, watch=lambda run, loss: run.step == 2)
         assert result.step == 2

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 from torch.testing._internal.two_tensor import TwoTensor
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from structlin import execution
 from structlin.execution import blocks as _execution_blocks
 from structlin.execution import choice
+from structlin.execution._guard import recording
 from structlin_nn.torch import StructuredLinear, StructuredMLP, count, fuse_mlps, mlp, projections, replace_linear
 from structlin_nn.torch import blocks as _blocks
 from structlin_nn.torch._block_operator import block_text
@@ -367,6 +369,22 @@ def test_operators_of_blocks_check_their_text_and_operands() -> None:
         torch.ops.structlin.block_pass(torch.ones(2, 24), operands[::-1], text, "0", [])
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
         torch.ops.structlin.block_pass(torch.ones(2, 24), operands, text, "0", [])
+
+
+def test_a_measurement_is_apart_from_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise, the backward pass of a measurement would be recorded, which takes longer, and the choice be wrong."""
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    up, down = linear(24, 40), linear(40, 24)
+    block = _execution_blocks.torch_block((up.structure,), down.structure, "gelu", (True, True))
+    problem = _execution_blocks.BlockProblem(block, "float32", 64, 1, True)
+    ran: list[int] = []
+    backward = type(block).backward
+    monkeypatch.setattr(type(block), "backward", lambda self, *given: ran.append(1) or backward(self, *given))
+    assert recording()
+    with FakeTensorMode(), torch.autocast("cpu"):
+        assert problem.measure(["separate", "block-16"]).keys() == {"separate", "block-16"}
+    assert ran
+    assert recording()
 
 
 # -- MLPs of other packages --------------------------------------------------------------------------------------------
