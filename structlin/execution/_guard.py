@@ -29,12 +29,13 @@ with suppress(ImportError):  # torch.compile's checks in C++; not public, so a v
 
 _PARAMETER = torch.nn.Parameter
 _tracing = torch._C._get_tracing_state
+_is_compiling = torch.compiler.is_compiling
 _shielded: set[Any] = set()
 _measurements = threading.local()  # .depth: that run in a thread
 
 
 def _compiling() -> bool:
-    return torch.compiler.is_compiling() and not getattr(_measurements, "depth", 0)
+    return _is_compiling() and not getattr(_measurements, "depth", 0)
 
 
 def shield(function: Any) -> None:
