@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from structlin.structure import AbstractStructure
 
-__all__ = ["Guard", "addressable", "as_kept", "guard_of", "recording", "shield", "transforming", "watched"]
+__all__ = ["Guard", "addressable", "as_kept", "guard_of", "recording", "shield", "to_shield", "transforming", "watched"]
 
 TensorGuards: Any = None
 with suppress(ImportError):  # torch.compile's checks in C++; not public, so a version of torch may lack them
@@ -38,14 +38,21 @@ def _compiling() -> bool:
     return _is_compiling() and not getattr(_measurements, "depth", 0)
 
 
-def shield(function: Any) -> None:
-    """Keep ``torch.compile`` from compiling the backward pass of an ``autograd.Function`` from now on.
+def to_shield(owner: Any) -> bool:
+    """Return, once, whether a derivative must be kept from ``torch.compile``: True if the compiler is imported.
 
     Dynamo reads the saved tensors of a function that it compiles once more, which activation checkpoints do not allow.
-    This is done in the forward pass, because ``torch.compiler.disable`` imports the compiler, which takes seconds.
+    The forward pass asks, because ``torch.compiler.disable`` imports the compiler, which takes seconds.
     """
-    if "torch._dynamo" in sys.modules and function not in _shielded:
-        _shielded.add(function)
+    if "torch._dynamo" not in sys.modules or owner in _shielded:
+        return False
+    _shielded.add(owner)
+    return True
+
+
+def shield(function: Any) -> None:
+    """Keep ``torch.compile`` from compiling the backward pass of an ``autograd.Function`` from now on."""
+    if to_shield(function):
         function.backward = staticmethod(torch.compiler.disable(function.backward))
 
 

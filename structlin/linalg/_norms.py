@@ -145,15 +145,8 @@ def _frobenius(A: LinearOperator) -> Array:
         if answer is not None:
             return answer.value
     # Each block of columns is scaled by its largest entry, because squares overflow and underflow earlier.
-    norms = [_scaled_norm(X) for X in _columns(A)]
-    return _scaled_norm(lapack(norms[0]).concat([x.reshape((1,)) for x in norms]))
-
-
-def _scaled_norm(x: Array) -> Array:
-    xp = lapack(x)
-    scale = xp.max(xp.abs(xp.stop_gradient(x)))
-    scale = xp.where(scale > 0, scale, scale * 0 + 1)
-    return xp.norm((x / scale).reshape((-1,))) * scale
+    norms = [lapack(X).norm(X) for X in _columns(A)]
+    return lapack(norms[0]).norm(lapack(norms[0]).concat([x.reshape((1,)) for x in norms]))
 
 
 # -- spectral norm -------------------------------------------------------------------------------------------------

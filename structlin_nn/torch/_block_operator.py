@@ -34,9 +34,7 @@ def graph_pass(
     ``chains`` are texts of structures, of an MLP with that of its second layer. If a pass for the first half of an MLP
     is the fastest, the text describes that half, and the last value is True. For a compiler the result is constant.
     """
-    *first, last = map(from_text, chains)
-    first, second = (first, last) if mlp else ([*first, last], None)
-    block = torch_block(tuple(first), second, activation, biases, norm, eps, affine, residual)
+    block = _block(chains, mlp, activation, biases, norm, eps, affine, residual)
     kind = block.kind(dtype, tokens, train)
     if kind is None:
         return None
@@ -50,10 +48,15 @@ def graph_pass(
 graph_pass._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _block(chains: Sequence[str], mlp: bool, *rest: Any) -> TorchBlock:
+    *first, last = map(from_text, chains)
+    return torch_block(tuple(first), last, *rest) if mlp else torch_block((*first, last), None, *rest)
+
+
 def block_text(block: TorchBlock) -> str:
     """Return a block as JSON text, which :func:`block_from_text` parses."""
     names = ("activation", "biases", "norm", "eps", "affine", "residual")
-    parts = {"chains": [*map(to_text, block.structures)], "second": block.second is not None}
+    parts = {"chains": [*map(to_text, block.structures)], "mlp": block.second is not None}
     return json.dumps(parts | {name: getattr(block, name) for name in names})
 
 
@@ -62,11 +65,11 @@ def block_from_text(text: str) -> TorchBlock:
     """Return the block of a text of :func:`block_text`; ValueError for any other text."""
     try:
         content = json.loads(text)
-        *first, last = map(from_text, content["chains"])
-        first, second = (first, last) if content["second"] else ([*first, last], None)
-        activation, norm, eps, residual = (content[name] for name in ("activation", "norm", "eps", "residual"))
         biases, affine = tuple(content["biases"]), tuple(content["affine"])
-        return torch_block(tuple(first), second, activation, biases, norm, eps, affine, residual)
+        chains, mlp, activation, norm, eps, residual = (
+            content[name] for name in ("chains", "mlp", "activation", "norm", "eps", "residual")
+        )
+        return _block(chains, mlp, activation, biases, norm, eps, affine, residual)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{text!r} does not describe a block: {error!r}") from error
 

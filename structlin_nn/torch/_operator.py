@@ -12,7 +12,6 @@ Operators written in Python have no forward-mode derivatives and do not support 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -23,7 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from structlin._arrays import ops
 from structlin.execution._gradients import chain_gradients, gradient_macs
-from structlin.execution._guard import transforming
+from structlin.execution._guard import to_shield, transforming
 from structlin.execution.torch_ways import torch_chain
 from structlin.structure import Structure
 
@@ -62,13 +61,9 @@ def refuse_forward_mode() -> None:
 
 
 def shield(operator: Any, backward: Any, keep: Any) -> None:
-    """Do what :func:`structlin.execution._guard.shield` does, for the derivative of an operator."""
-    if operator not in _shielded and "torch._dynamo" in sys.modules:
-        _shielded.add(operator)
+    """Keep ``torch.compile`` from compiling the derivative of an operator from now on."""
+    if to_shield(operator):
         operator.register_autograd(torch.compiler.disable(backward), setup_context=keep)
-
-
-_shielded: set[Any] = set()
 
 
 def is_batched(gradient: Tensor) -> bool:
