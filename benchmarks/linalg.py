@@ -40,6 +40,7 @@ import cola
 import numpy as np
 import torch
 from _measure import aligned, keep_memory, machine, peak_rate, result_path, write_result
+from threadpoolctl import threadpool_limits
 
 import structlin as sl
 
@@ -504,6 +505,7 @@ def main() -> None:
     parser.add_argument("--out", metavar="NAME", help="the JSON file to write, or its name in results/")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    threadpool_limits(arguments.threads)  # also NumPy's and SciPy's
     allocator = "keeps freed memory" if arguments.keep_memory and keep_memory() else "default"
     absent = [name for name in PEERS if importlib.util.find_spec(name) is None]
     if "lineax" not in absent:

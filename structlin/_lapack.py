@@ -12,9 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from structlin import _threads
 from structlin._arrays import Array, backend_of, dtype_name, ops
 from structlin.verdicts import Determinant
 
+_DECOMPOSE = (
+    "cholesky", "cholesky_solve", "eig", "eigh", "eigvalsh", "expm", "inv", "inverse_from_cholesky", "pinv",
+    "positive_slogdet", "qr", "singular_values", "slogdet", "solve", "substitute", "svd",
+)  # fmt: skip
 FEW = 2**12  # numbers of an array up to which NumPy's calls on views of tensors take less time than torch's
 
 
@@ -40,6 +45,9 @@ def _functions(backend: str) -> SimpleNamespace:
         scale = found.where((size > 0) & (size < math.inf), size, 1.0)
         return found.raw_norms(x / scale) * scale
 
+    if backend == "numpy":
+        for name in _DECOMPOSE:
+            setattr(found, name, _threads.stacked(getattr(found, name)))
     found.norms, found.norm = norms, lambda x: (found.raw_norms if 0 in x.shape else norms)(x.reshape((-1,)))
     return found
 
@@ -165,7 +173,8 @@ def _torch() -> SimpleNamespace:
             return torch.linalg.solve_triangular(lower.mH, half, upper=True)
         views = small_views(a, b, most=math.inf)
         if views is not None:  # LAPACK of SciPy takes about half the time for a stack of matrices
-            return as_tensors(_functions("numpy").cholesky_solve(*views))[0]
+            with _threads.of_torch(a):
+                return as_tensors(_functions("numpy").cholesky_solve(*views))[0]
         lower = torch.linalg.cholesky(a.detach())
         simple = is_plain(a) and is_plain(b)
         return torch.cholesky_solve(b, lower) if simple else _torch_positive()[0].apply(a, b, lower)

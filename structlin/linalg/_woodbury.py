@@ -29,6 +29,7 @@ import numpy as np
 from cola.annotations import PSD
 from cola.ops import LinearOperator, Sum
 
+from structlin import _threads
 from structlin._arrays import Array, as_array
 from structlin._implicit import Solver, backward_error, is_at_roundoff, is_relatively_small, nan_where_bad
 from structlin._lapack import (
@@ -238,7 +239,8 @@ class Woodbury:
     def slogdet(self, A: Sum) -> Determinant | None:
         """Return the determinant; None if B has none in closed form, or if numbers cancel."""
         if self.symmetric and (host := self.hosted()) is not self:
-            found = host.slogdet(A)
+            with _threads.of_torch(self.U):
+                found = host.slogdet(A)
             return None if found is None else Determinant(*as_tensors(*found))
         xp = lapack(self.U)
         try:
@@ -280,7 +282,7 @@ def numpy_multiplies_faster() -> bool:
     thin, few = np.ones((4096, 32)), np.ones((32, 16))
     tensors = torch.from_numpy(thin), torch.from_numpy(few)
     seconds = [math.inf, math.inf]
-    with torch.no_grad():
+    with torch.no_grad(), _threads.limited(torch.get_num_threads()):
         for _ in range(20):  # the first calls start the libraries
             for k, (left, right) in enumerate(((thin, few), tensors)):
                 start = perf_counter()
@@ -360,7 +362,7 @@ def _hosted(found: Woodbury) -> Callable[[Array], Array]:
     def solve(b: Array) -> Array:
         if (views := _views(b)) is None:
             return verified(found)(b)
-        with np.errstate(all="ignore"):  # as in torch
+        with np.errstate(all="ignore"), _threads.of_torch(host.U):  # as in torch
             return as_tensors(verified(host)(views[0]))[0]
 
     return solve

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.linalg import cho_solve
 
+from structlin._threads import linalg
 from structlin.algebra.numbered import Axes, Network
 from structlin.projection._contract import expression
 
@@ -257,14 +258,14 @@ def _inverse(matrices: np.ndarray) -> tuple[int, int, Callable[[np.ndarray], np.
     if size > MAX_EIGH:
         shift = np.trace(matrices, axis1=1, axis2=2).real * epsilon
         shift[shift == 0] = 1.0
-        lower = np.linalg.cholesky(matrices + shift[:, None, None] * np.eye(size))
+        lower = linalg.cholesky(matrices + shift[:, None, None] * np.eye(size))
 
         def solve(x: np.ndarray) -> np.ndarray:
             pairs = zip(lower, x, strict=True)
             return np.stack([cho_solve((c, True), y, check_finite=False) for c, y in pairs])
 
         return batch, size, solve
-    values, vectors = np.linalg.eigh(matrices)
+    values, vectors = linalg.eigh(matrices)
     floor = np.maximum(values[:, -1:], 0) * epsilon
     inverse = np.divide(1.0, values, where=values > floor, out=np.zeros_like(values))[..., None]
     return batch, size, lambda x: vectors @ (inverse * (vectors.conj().swapaxes(-1, -2) @ x))

@@ -24,6 +24,7 @@ import numpy as np
 from scipy.linalg import get_lapack_funcs
 from scipy.optimize import OptimizeResult, minimize
 
+from structlin._threads import linalg, of_stack
 from structlin.algebra.numbered import Network
 from structlin.projection._contract import expression, gather
 from structlin.projection._splits import WeightedCut, pair
@@ -55,7 +56,7 @@ class BlockFit:
         self._set(network, cut)
         blocks = cut.blocks(network, covariance)
         f, e, _, n, k = self.sizes
-        values, vectors = np.linalg.eigh(blocks[np.arange(n), :, np.arange(n)])
+        values, vectors = linalg.eigh(blocks[np.arange(n), :, np.arange(n)])
         values = np.maximum(values, 0)
         tiny = values <= values.max() * k * np.finfo(float).eps
         self.roots = vectors * np.sqrt(values)[:, None, :]
@@ -73,7 +74,7 @@ class BlockFit:
         self.arrays: dict[np.dtype[Any], tuple[np.ndarray, ...]] = {
             target.dtype: (self.target, self.image, self.covariance)
         }
-        self.values = np.linalg.svd(self.target, full_matrices=False)
+        self.values = linalg.svd(self.target, full_matrices=False)
 
     def _set(self, network: Network, cut: WeightedCut) -> None:
         """Set the network; another network with these decompositions may differ only in the size of its bond."""
@@ -128,7 +129,7 @@ class BlockFit:
             constants = [axes for axes, _ in self.network.constants]
             product = expression([*self.network.factors, *constants], self.network.outer, self.network.sizes)
             start = self._blocks(product(*factors, *(array for _, array in self.network.constants)))
-            found = np.linalg.svd(start / self.scale, full_matrices=False)
+            found = linalg.svd(start / self.scale, full_matrices=False)
         Y, _, passes, converged = self._minimise(found[1], found[2], sweeps, tolerance, tolerance >= 1e-5)
         blocks, square, _ = self._project(Y)
         return self._factors(blocks), self.scale * square**0.5, passes, converged
@@ -236,7 +237,8 @@ def _divided(right: np.ndarray, systems: np.ndarray) -> np.ndarray:
     """Return ``right @ systems^-1`` for Hermitian systems, by Cholesky decompositions where they are definite."""
     (solve,) = get_lapack_funcs(("posv",), (systems,))  # np.linalg.solve takes twice as long
     found = np.empty_like(right)
-    for x, b, system in zip(found, right, systems, strict=True):
-        _, solution, info = solve(system.T, b.T)
-        x[...] = (np.linalg.solve(system.T, b.T) if info else solution).T
+    with of_stack(systems):
+        for x, b, system in zip(found, right, systems, strict=True):
+            _, solution, info = solve(system.T, b.T)
+            x[...] = (np.linalg.solve(system.T, b.T) if info else solution).T
     return found

@@ -20,6 +20,8 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse.linalg
 
+from structlin._threads import linalg, of_stack
+
 SMALL = 16  # longest shorter side for which a full decomposition is faster
 LANCZOS = 512  # least shorter side for which Lanczos iteration is tried
 MANY = 4  # least number of matrices for which squaring is faster than eigenvectors
@@ -34,7 +36,7 @@ def leading(matrices: np.ndarray, count: int) -> np.ndarray:
     """
     short = min(matrices.shape[1:])
     if short <= SMALL or 2 * count > short:
-        return np.linalg.svd(matrices, full_matrices=False)[0][..., :count]
+        return linalg.svd(matrices, full_matrices=False)[0][..., :count]
     adjoint = matrices.conj().swapaxes(-1, -2)
     wide = matrices.shape[1] <= matrices.shape[2]
     start = None
@@ -59,7 +61,7 @@ def leading(matrices: np.ndarray, count: int) -> np.ndarray:
         double = np.result_type(matrices.dtype, np.float64)
         if matrices.dtype != double:
             return leading(matrices.astype(double), count).astype(matrices.dtype)
-        return np.linalg.svd(matrices, full_matrices=False)[0][..., :count]
+        return linalg.svd(matrices, full_matrices=False)[0][..., :count]
     return start
 
 
@@ -79,9 +81,10 @@ def _by_lanczos(matrix: np.ndarray, count: int) -> np.ndarray | None:
 def _by_eigenvectors(gram: np.ndarray, count: int) -> np.ndarray:
     size = gram.shape[1]
     if size < 128:
-        return np.linalg.eigh(gram)[1][..., : -count - 1 : -1]
+        return linalg.eigh(gram)[1][..., : -count - 1 : -1]
     wanted = (size - count, size - 1)
-    found = [scipy.linalg.eigh(g, subset_by_index=wanted, check_finite=False)[1] for g in gram]
+    with of_stack(gram):
+        found = [scipy.linalg.eigh(g, subset_by_index=wanted, check_finite=False)[1] for g in gram]
     return np.stack(found)[..., ::-1]
 
 
@@ -107,7 +110,7 @@ def _by_squaring(gram: np.ndarray) -> np.ndarray:
 def orthonormal(vectors: np.ndarray) -> np.ndarray:
     """Return orthonormal columns of (batch, m, k) arrays; the first columns keep their directions."""
     if vectors.shape[-1] > 1:
-        return np.linalg.qr(vectors)[0]
+        return linalg.qr(vectors)[0]
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit = np.eye(vectors.shape[1], 1, dtype=vectors.dtype)
     return np.where(norms == 0, unit, vectors / np.where(norms == 0, 1, norms))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from structlin._threads import linalg
 from structlin.algebra.numbered import Network, build
 from structlin.projection import _splits
 from structlin.projection._als import Fit
@@ -281,7 +282,7 @@ def spectrum(structure: AbstractStructure, problem: Problem) -> np.ndarray | Non
         if weighted is None:
             return None
         matrices = weighted.scaled
-    squares = np.linalg.svd(matrices, compute_uv=False) ** 2
+    squares = linalg.svd(matrices, compute_uv=False) ** 2
     beyond = np.cumsum(squares.sum(axis=0)[::-1])[::-1]
     return np.sqrt(max(0.0, offset) + copies * np.append(beyond[1:], 0.0))
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from structlin._threads import linalg
 from structlin.algebra.numbered import Axes, Network
 from structlin.projection._contract import gather
 from structlin.projection._leading import leading
@@ -74,7 +75,7 @@ def ranked(
     left = leading(matrices, keep)
     right = left.conj().swapaxes(-1, -2) @ matrices
     if power:
-        squares, turn = np.linalg.eigh(right @ right.conj().swapaxes(-1, -2))
+        squares, turn = linalg.eigh(right @ right.conj().swapaxes(-1, -2))
         # Any positive scales give the same product, so values below roundoff are raised to it.
         least = squares[..., -1:] * np.finfo(squares.dtype).eps ** 2
         scale = np.where(squares[..., -1:] > 0, np.maximum(squares, least), 1)[..., None, :] ** (power / 2)
@@ -181,7 +182,7 @@ def regrouped_pair(structure: Structure, target: np.ndarray) -> list[np.ndarray]
     matrices = gather(grid, axes, tuple(letters[a] for a in wanted)).reshape(
         size(batch1), size(second.free), size(batch0), size(first.contracted)
     )
-    u, s, vh = np.linalg.svd(matrices.swapaxes(1, 2), full_matrices=False)
+    u, s, vh = linalg.svd(matrices.swapaxes(1, 2), full_matrices=False)
     values = np.sqrt(s)
     short = max(0, int(slot.max()) + 1 - s.shape[-1])
     left = np.pad(u * values[..., None, :], [(0, 0)] * 3 + [(0, short)])
@@ -294,9 +295,9 @@ def square_root(matrix: np.ndarray) -> np.ndarray:
     If all are definite, R is the Cholesky factor, which takes a tenth of the time of eigenvectors.
     """
     try:
-        return np.linalg.cholesky(matrix)
+        return linalg.cholesky(matrix)
     except np.linalg.LinAlgError:
-        values, vectors = np.linalg.eigh(matrix)
+        values, vectors = linalg.eigh(matrix)
     return vectors * np.sqrt(np.maximum(values, 0))[..., None, :]
 
 
