@@ -138,18 +138,30 @@ def is_relatively_small(rest: Array, b: Array, slack: float) -> bool:
     """Whether the columns of a residual are at roundoff relative to those of b; the values are known."""
     host = seen(rest, b)
     if isinstance(host[1], np.ndarray) and host[0].flags.c_contiguous and host[0].dtype == host[1].dtype:
-        whole, columns = host[0].ravel(), np.einsum("i...,i...->...", host[1].conj(), host[1]).real
-        least, most = columns.min(initial=np.inf), columns.max(initial=0.0)
-        # The norm of all columns together bounds each. Squares near the ends of the range are left to the full test.
-        limit = float(np.finfo(columns.dtype).max) ** 0.5
-        if 1 / limit < least and most < limit and np.vdot(whole, whole).real <= (slack * eps(b.dtype)) ** 2 * least:
+        whole = host[0].ravel()
+        if is_small_square(np.vdot(whole, whole).real, squares_of_columns(host[1]), b.dtype, slack):
             return True
     return bool(is_at_roundoff(_relative(rest, rest, b, 0.0), b.dtype, slack))
 
 
+def squares_of_columns(x: np.ndarray) -> np.ndarray:
+    """Return the sums of squares of the columns without a temporary array."""
+    return np.einsum("i...,i...->...", x.conj(), x).real
+
+
+def is_small_square(rest: float, columns: np.ndarray, dtype: Any, slack: float) -> bool:
+    """Whether a residual with the sum of squares ``rest`` is at roundoff relative to columns with these squares.
+
+    The norm of all columns together bounds each. Squares near the ends of the range are left to the full test: False.
+    """
+    least, most = columns.min(initial=np.inf), columns.max(initial=0.0)
+    limit = float(np.finfo(columns.dtype).max) ** 0.5
+    return bool(1 / limit < least and most < limit and rest <= (slack * eps(dtype)) ** 2 * least)
+
+
 def _few_norms(rest: np.ndarray, x: np.ndarray, b: np.ndarray) -> list[np.ndarray] | None:
     """Return the norms of the columns without temporary arrays; None if a square may have left the range."""
-    squares = [np.einsum("i...,i...->...", y.conj(), y).real for y in (rest, x, b)]
+    squares = [squares_of_columns(y) for y in (rest, x, b)]
     limit = float(np.finfo(squares[2].dtype).max) ** 0.5
     if not all(s.max(initial=0.0) < limit for s in squares):
         return None

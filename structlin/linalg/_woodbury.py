@@ -18,11 +18,9 @@ Under tracing, solutions are refined twice, and are NaN if the residual is above
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, lru_cache
-from time import perf_counter
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -31,7 +29,14 @@ from cola.ops import LinearOperator, Sum
 
 from structlin import _threads
 from structlin._arrays import Array, as_array
-from structlin._implicit import Solver, backward_error, is_at_roundoff, is_relatively_small, nan_where_bad
+from structlin._implicit import (
+    Solver,
+    backward_error,
+    is_at_roundoff,
+    is_relatively_small,
+    nan_where_bad,
+    squares_of_columns,
+)
 from structlin._lapack import (
     FEW,
     as_tensors,
@@ -59,7 +64,7 @@ _WIDEST = 0.5  # largest total rank relative to n; above it the dense matrix cos
 _THREE = "i,ri->r; r,sr->s; s,os->o"
 SLACK = 100  # times machine epsilon: the largest backward error of a solution
 _REFINEMENTS = 3
-_ROWS = 2048  # of a block in a cache
+_ROWS = 1024  # of a block: OpenBLAS multiplies thin matrices of more rows at half the rate, and it stays in a cache
 
 
 def split(A: Sum) -> tuple[StructuredOperator | Array, Array, Array] | None:
@@ -121,7 +126,20 @@ class Woodbury:
 
     @cached_property
     def capacitance(self) -> Array:
-        return self.V @ self.left + lapack(self.U).eye(self.U.shape[1], self.U)
+        whole = lapack(self.U).eye(self.U.shape[1], self.U)
+        if not isinstance(self.U, np.ndarray) or not isinstance(self.base, np.ndarray):
+            return self.V @ self.left + whole
+        for rows, left in self._left_in_blocks():
+            whole += self.V[:, rows] @ left
+        return whole
+
+    def _left_in_blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield blocks of rows of B^-1 U in the same memory: new memory costs as much as the arithmetic."""
+        n, r = self.U.shape
+        room = np.empty((min(n, _ROWS), r), self.U.dtype)
+        for i in range(0, n, _ROWS):
+            U = self.U[i : i + _ROWS]
+            yield slice(i, i + len(U)), np.multiply(U, self.base[i : i + _ROWS, None], out=room[: len(U)])
 
     @cached_property
     def lower(self) -> Array:
@@ -145,20 +163,36 @@ class Woodbury:
         """Return V B^-1 b."""
         if not self.symmetric:
             return self.V @ _times(self.base, b)
-        if not isinstance(self.U, np.ndarray) or len(b) <= _ROWS:
-            return lapack(self.U).conj(self.left).T @ b
-        if "capacitance" in vars(self):
-            return self.V @ _times(self.base, b)
-        # The capacitance from the same blocks of rows: new memory for all of B^-1 U costs more than the arithmetic.
-        whole = np.eye(self.U.shape[1], dtype=self.U.dtype)
-        short = np.zeros((len(whole), b.shape[1]), np.result_type(whole, b))
-        for i in range(0, len(b), _ROWS):
+        return lapack(self.U).conj(self.left).T @ b
+
+    def in_blocks(self, b: np.ndarray) -> tuple[np.ndarray, bool]:
+        """Return ``formula(b)`` for NumPy arrays, and whether its residual is at roundoff; needs ``symmetric``.
+
+        There are two passes over blocks of rows, and no array of n rows but the solution.
+        """
+        wide = b if b.ndim == 2 else b[:, None]
+        (n, r), k = self.U.shape, wide.shape[1]
+        middle, short, squares = np.eye(r, dtype=b.dtype), np.zeros((r, k), b.dtype), np.zeros(k, b.real.dtype)
+        for rows, left in self._left_in_blocks():
+            middle += self.V[:, rows] @ left
+            short += left.conj().T @ wide[rows]
+            squares += squares_of_columns(wide[rows])
+        c = lapack(b).substitute(lapack(b).cholesky(middle), short)
+        x, few = np.empty(wide.shape, b.dtype), np.zeros_like(short)
+        for i in range(0, n, _ROWS):
             rows = slice(i, i + _ROWS)
-            left = self.base[rows, None] * self.U[rows]
-            whole += self.V[:, rows] @ left
-            short += left.conj().T @ b[rows]
-        vars(self)["capacitance"] = whole
-        return short
+            y = np.subtract(wide[rows], self.U[rows] @ c, out=x[rows])
+            y *= self.base[rows, None]
+            few += self.V[:, rows] @ y
+        # B x = b - U c up to roundoff, so the residual is U (c - V x) and the roundoff of U c, which is sqrt(r) of
+        # its terms with high probability (Higham and Mary 2019). The trace of V B^-1 U bounds the norm of U.
+        size = math.sqrt(float(self.B.real.max()) * max(0.0, float(np.trace(middle).real) - r))
+        norm = np.sqrt(squares)
+        spread = (4 + math.sqrt(r)) * eps(b.dtype) * (size * np.sqrt(squares_of_columns(c)) + norm)
+        bound = size * np.sqrt(squares_of_columns(c - few)) + spread
+        limit = float(np.finfo(norm.dtype).max) ** 0.25  # beyond it squares leave the range
+        sure = bound.max(initial=0.0) < limit and 1 / limit < norm.min(initial=limit)
+        return x.reshape(b.shape), bool(sure and (bound <= SLACK * eps(b.dtype) * norm).all())
 
     def residual(self, x: Array, b: Array) -> Array:
         """Return b - A x."""
@@ -230,7 +264,8 @@ class Woodbury:
         """Return this sum on NumPy views of torch tensors without gradients; self if there are none."""
         if isinstance(self.B, LinearOperator):
             return self
-        views = _views(self.B, self.U, self.V, self.base)
+        # Calls of NumPy alone take less time for up to 2^15 numbers. Its products of more are fast in blocks only.
+        views = small_views(self.B, self.U, self.V, self.base, most=math.inf if self.symmetric else 8 * FEW)
         if views is None:
             return self
         B, U, V, base = views
@@ -262,33 +297,6 @@ class Woodbury:
         if good is not True:
             log = log + nan_unless(good, log)
         return Determinant(first[0] * sign, first[1] + log)
-
-
-def _views(*arrays: Array) -> list[np.ndarray] | None:
-    """Return NumPy's views of tensors without gradients if NumPy takes less time: its calls alone do up to 2^15."""
-    views = small_views(*arrays, most=math.inf)
-    if views is None or max(x.size for x in views) <= 8 * FEW or numpy_multiplies_faster():
-        return views
-    return None
-
-
-@cache
-def numpy_multiplies_faster() -> bool:
-    """Whether a product with a thin matrix takes NumPy less time than torch, by a measurement of some milliseconds.
-
-    The two have other BLAS libraries, and which is faster depends on the processor.
-    """
-    torch: Any = sys.modules["torch"]
-    thin, few = np.ones((4096, 32)), np.ones((32, 16))
-    tensors = torch.from_numpy(thin), torch.from_numpy(few)
-    seconds = [math.inf, math.inf]
-    with torch.no_grad(), _threads.limited(torch.get_num_threads()):
-        for _ in range(20):  # the first calls start the libraries
-            for k, (left, right) in enumerate(((thin, few), tensors)):
-                start = perf_counter()
-                left @ right
-                seconds[k] = min(seconds[k], perf_counter() - start)
-    return seconds[0] < seconds[1]
 
 
 def _times(base: LinearOperator | Array, x: Array) -> Array:
@@ -360,7 +368,7 @@ def _hosted(found: Woodbury) -> Callable[[Array], Array]:
         return verified(found)
 
     def solve(b: Array) -> Array:
-        if (views := _views(b)) is None:
+        if (views := small_views(b, most=math.inf)) is None:
             return verified(found)(b)
         with np.errstate(all="ignore"), _threads.of_torch(host.U):  # as in torch
             return as_tensors(verified(host)(views[0]))[0]
@@ -372,10 +380,14 @@ def verified(found: Woodbury) -> Callable[[Array], Array]:
     def solve(b: Array) -> Array:
         if not is_known(b) or not is_known(found.U):
             return _traced(replace(found), b)  # a copy: what a trace computes must not be kept for another
-        ways = [found.formula, found.projected] if found.symmetric else [found.formula]
-        for way in ways:
+        for way in (found.formula, found.projected) if found.symmetric else (found.formula,):
             try:
-                x = way(b)
+                if found.symmetric and way == found.formula and isinstance(b, np.ndarray) and b.dtype == found.U.dtype:
+                    x, done = found.in_blocks(b)
+                    if done:
+                        return x
+                else:
+                    x = way(b)
                 for _ in range(_REFINEMENTS):  # until the residual is at roundoff relative to b alone
                     rest = found.residual(x, b)
                     if is_relatively_small(rest, b, SLACK):
