@@ -13,24 +13,15 @@ from torch import nn
 
 from structlin.projection import Settings
 from structlin.structure import AbstractStructure
-from structlin_nn._patterns import Patterns, as_patterns
-from structlin_nn._replacement import names_of, select
-from structlin_nn.torch._modules import (
-    changed,
-    check_model,
-    dense_layer,
-    linear_sizes,
-    num_experts,
-    places_of,
-    put,
-    put_structured,
-)
+from structlin_nn._patterns import Patterns
+from structlin_nn._replacement import names_of
+from structlin_nn.torch._modules import changed, check_model, dense_layer, num_experts, places_of, put, put_structured
 from structlin_nn.torch._project_calibration import Forward, gather
 from structlin_nn.torch._project_layers import Choice, LayerProjection, ProjectionReport, StructureOf, Task, dense_of
 from structlin_nn.torch._step_check import replaced
 from structlin_nn.torch.linear import StructuredLinear
 from structlin_nn.torch.pointwise import StructuredPointwise
-from structlin_nn.torch.replace import Selection, _check_is_called, _owners, as_structure
+from structlin_nn.torch.replace import Selection, _check_is_called, _owners, as_structure, others_of, selected
 from structlin_nn.torch.unpack import pack_linear, unpacked
 
 __all__ = ["LayerProjection", "ProjectionReport", "project_linear", "to_dense_linear"]
@@ -158,8 +149,8 @@ def project_linear(
     check_model(model, "project_linear")
     structure = as_structure(structure)
     choice = Choice(
-        structure, options, target_error,
-        max_macs=max_macs, mac_fraction=mac_fraction, max_params=max_params, param_fraction=param_fraction,
+        structure, options, target_error=target_error, max_macs=max_macs, mac_fraction=mac_fraction,
+        max_params=max_params, param_fraction=param_fraction,
     )  # fmt: skip
     settings = Settings(restarts, max_sweeps, tolerance, seed)
     if not 0 <= damping < math.inf:
@@ -280,13 +271,11 @@ def _chosen(
     model: nn.Module, layers: Selection, exclude: Patterns, tied: bool
 ) -> tuple[Mapping[nn.Module, tuple[str, ...]], list[tuple[str, str]]]:
     """Return the layers to project with their names, and the other selected layers with the reason."""
-    if linear_sizes(model) is not None:
-        raise ValueError("the model itself is a linear layer and cannot be replaced in place; put it in a container")
-    places = places_of(model, linear_sizes)
+    places, selection = selected(model, layers, exclude)
     owners = _owners(model)
-    chosen, skipped, errors, kinds = {}, [], [], "nn.Linear, or Conv1D of transformers"
-    for linear, names in select(places, layers, as_patterns(exclude), kinds).items():
-        others = [o for p in linear.parameters() for o in owners[p] if o.rpartition(".")[0] not in names]
+    chosen, skipped, errors = {}, [], []
+    for linear, names in selection.items():
+        others = others_of(linear, names, owners)
         if others and not tied:
             skipped.append((names[0], f"tied to {', '.join(others)}"))
             continue

@@ -192,6 +192,13 @@ def register_product(name: str) -> Callable[[Formula], Formula]:
     return add
 
 
+def register_table(table: Mapping[str, Formula]) -> None:
+    """Register formulas by the names of their operations, of ``aten`` unless they state another namespace."""
+    for names, formula in table.items():
+        for name in names.split():
+            register_product(name if "::" in name else f"aten::{name}")(formula)
+
+
 def register_no_product(name: str) -> None:
     """Register an operation without products, such as ``register_no_product("torchvision::nms")``.
 
