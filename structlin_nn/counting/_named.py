@@ -10,7 +10,7 @@ import structlin
 from structlin.execution.choice import Problem
 from structlin.execution.devices import Device
 from structlin.structure import Structure
-from structlin_nn._text import check_integer, table
+from structlin_nn._text import check_integer, occurrences, table
 from structlin_nn.counting._costs import count_loss, roofline, training_bytes
 from structlin_nn.counting._costs import device as find_device
 from structlin_nn.models import GPT2, MLP, MODELS, StructureConfig, ViT, base_model, build_model
@@ -284,9 +284,8 @@ def format_count(record: Mapping[str, Any]) -> str:
     per_token = record["per_token"]
     lines += [f"{'forward MACs, one token':<28}{per_token['forward_macs']:>28,.0f}"] if record["tokens"] > 1 else []
     lines += _run_lines(record)
-    uncounted = ", ".join(f"{name} x{number}" for name, number in record["uncounted_ops"].items())
     lines = [f"{missing}\n", *lines] if missing else lines
-    return "\n".join([*lines, f"not counted (no products): {uncounted}"])
+    return "\n".join([*lines, f"not counted (no products): {occurrences(record['uncounted_ops'])}"])
 
 
 def _run_lines(record: Mapping[str, Any]) -> list[str]:

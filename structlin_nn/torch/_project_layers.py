@@ -20,7 +20,7 @@ from structlin_nn._text import sizes_text, table
 from structlin_nn.torch._modules import as_before, is_conv1d, num_experts, sizes_of
 from structlin_nn.torch._project_curve import Forms, allocate, saves
 from structlin_nn.torch.linear import StructuredLinear
-from structlin_nn.torch.replace import structured_like
+from structlin_nn.torch.replace import num_params, structured_like
 
 
 @dataclass(frozen=True)
@@ -393,7 +393,7 @@ def dense_of(layer: StructuredLinear) -> np.ndarray:
 
 def _line(task: Task, new: StructuredLinear | None, choice: dict[str, Any], reason: str = "") -> LayerProjection:
     """Return the line of the report on a layer, which without a new one stays dense."""
-    before = sum(p.numel() for p in task.linear.parameters())
+    before = num_params(task.linear)
     if new is None:
         output = None if task.moments is None else 0.0
         costs = before, before, task.dense_macs, task.dense_macs
@@ -411,5 +411,5 @@ def _line(task: Task, new: StructuredLinear | None, choice: dict[str, Any], reas
     weight = ratio(*(float(np.linalg.norm(x)) ** 2 for x in (differences, matrices)))
     return LayerProjection(
         task.names, task.shape, new.structure, choice, weight, output, before,
-        sum(p.numel() for p in new.parameters()), task.dense_macs, new.structure.macs, experts=task.experts,
+        num_params(new), task.dense_macs, new.structure.macs, experts=task.experts,
     )  # fmt: skip

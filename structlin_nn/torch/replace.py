@@ -242,8 +242,8 @@ def replace_linear(
                 notes["no MLP of a known form was found to fuse"] = None
         rows = tuple(
             Replacement(
-                chosen[linear], new.structure, *(sum(p.numel() for p in x.parameters()) for x in (linear, new)),
-                math.prod(sizes_of(linear)), new.structure.macs, num_experts(linear),
+                chosen[linear], new.structure, num_params(linear), num_params(new), math.prod(sizes_of(linear)),
+                new.structure.macs, num_experts(linear),
             )
             for linear, new in made.items()
         )  # fmt: skip
@@ -319,6 +319,11 @@ def _owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:
 def others_of(linear: nn.Module, names: Sequence[str], owners: Mapping[nn.Parameter, Sequence[str]]) -> list[str]:
     """Return the names under which other modules contain the parameters of a layer."""
     return [other for p in linear.parameters() for other in owners[p] if other.rpartition(".")[0] not in names]
+
+
+def num_params(layer: nn.Module) -> int:
+    """Return the number of parameters of a layer, trainable or not."""
+    return sum(p.numel() for p in layer.parameters())
 
 
 def structured_like(linear: nn.Module, **options: Any) -> StructuredLinear:
