@@ -37,8 +37,7 @@ class Moments:
     def add(self, x: Tensor) -> None:
         """Add all vectors of ``x``, of shape (..., d_in); ValueError if a value is not finite."""
         x = x.detach().reshape(-1, x.shape[-1])
-        if x.dtype in (torch.float16, torch.bfloat16):
-            x = x.float()
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         product = x.mT @ x.conj()
         if not torch.isfinite(product).all():
             raise ValueError(f"with the calibration data the inputs of layer {self.name!r} are not finite")

@@ -15,13 +15,12 @@ from structlin.projection import Settings
 from structlin.structure import AbstractStructure
 from structlin_nn._patterns import Patterns
 from structlin_nn._replacement import names_of
-from structlin_nn.torch._modules import changed, check_model, dense_layer, num_experts, places_of, put, put_structured
+from structlin_nn.torch._modules import changed, check_model, dense_layer, num_experts, places_of, put
 from structlin_nn.torch._project_calibration import Forward, gather
 from structlin_nn.torch._project_layers import Choice, LayerProjection, ProjectionReport, StructureOf, Task, dense_of
-from structlin_nn.torch._step_check import replaced
 from structlin_nn.torch.linear import StructuredLinear
 from structlin_nn.torch.pointwise import StructuredPointwise
-from structlin_nn.torch.replace import Selection, _check_is_called, _owners, as_structure, others_of, selected
+from structlin_nn.torch.replace import Selection, _check_is_called, _owners, as_structure, install, others_of, selected
 from structlin_nn.torch.unpack import pack_linear, unpacked
 
 __all__ = ["LayerProjection", "ProjectionReport", "project_linear", "to_dense_linear"]
@@ -171,12 +170,8 @@ def project_linear(
             for task in tasks:
                 task.moments = moments[task.linear].numpy()
         made = choice.run(tasks, damping, settings, {"rms_cap": rms_cap, "gain": gain, "rule": rule})
-
-        gone = [task.linear for task, (new, _) in zip(tasks, made, strict=True) if new is not None]
-        replaced(parameter for linear in gone for parameter in linear.parameters())
-        for task, (new, _) in zip(tasks, made, strict=True):
-            if new is not None:
-                notes |= put_structured(model, task.names, new)
+        layers_of = {task.linear: new for task, (new, _) in zip(tasks, made, strict=True) if new is not None}
+        notes |= install(model, layers_of, chosen)
         restore()
         changed(model)
         if isinstance(structure, str) and not choice.by_layer and not options:

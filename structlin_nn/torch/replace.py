@@ -229,10 +229,7 @@ def replace_linear(
                 stacklevel=2,
             )
 
-        notes: dict[str, None] = {}
-        replaced(p for linear in made for p in linear.parameters())
-        for linear, new in made.items():
-            notes |= put_structured(model, chosen[linear], new)
+        notes = install(model, made, chosen)
         restore()
         changed(model)
         if fuse:
@@ -258,6 +255,17 @@ def selected(
         raise ValueError("the model itself is a linear layer and cannot be replaced in place; put it in a container")
     places = places_of(model, wanted)
     return places, select(places, layers, as_patterns(exclude), "nn.Linear, or Conv1D of transformers")
+
+
+def install(
+    model: nn.Module, made: Mapping[nn.Module, StructuredLinear], places: Mapping[nn.Module, Sequence[str]]
+) -> dict[str, None]:
+    """Set new layers in the places of old ones, and return notes on the other changes of the model."""
+    notes: dict[str, None] = {}
+    replaced(p for linear in made for p in linear.parameters())
+    for linear, new in made.items():
+        notes |= put_structured(model, places[linear], new)
+    return notes
 
 
 def as_structure(given: Any) -> Any:
