@@ -113,10 +113,9 @@ def check_scale(
         left out if the model has ``example_input(batch)``, as :mod:`structlin_nn.models` do.
     widths
         Two or more widths, ascending.
-    base
-        The model at base width, which learning rates are relative to (:func:`structlin_nn.torch.parameter_groups`).
-    base_width, model
-        That width, and the name of the model, for the report.
+    base, base_width, model
+        The model at base width, which learning rates are relative to (:func:`structlin_nn.torch.parameter_groups`);
+        that width, and the name of the model, for the report.
     optimizer
         ``adam``, ``adamw``, ``sgd`` or ``muon`` (:class:`structlin_nn.torch.Muon`).
     lr

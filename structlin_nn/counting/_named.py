@@ -55,22 +55,16 @@ def count_model(
         As in :func:`structlin_nn.models.build_model`.
     base_width
         Width at which the learning rate was tuned; default: that of the paper.
-    structure
-        Registered name of a structure.
-    options
-        Options of the structure, by name.
+    structure, options
+        Registered name of a structure, and its options by name.
     rms_cap, rule, layers
         As in :class:`structlin_nn.models.StructureConfig`.
     optimizer
         Optimizer of the learning-rate multipliers (:func:`structlin.lr_multipliers`).
-    batch_size
-        Samples in a step; default 1 for bytes and times.
-    steps
-        Steps of a training run, for its total; needs ``batch_size``.
-    dtype
-        Dtype of weights, gradients and states.
-    activation_dtype
-        Dtype of activations and products (mixed precision); default ``dtype``.
+    batch_size, steps
+        Samples in a step (default 1 for bytes and times), and steps of a training run, for its total.
+    dtype, activation_dtype
+        Dtype of weights, gradients and states, and of activations and products (mixed precision; default ``dtype``).
     device
         Add the least time on a device of :data:`DEVICES`, or on ``cpu``, which is measured.
     causal_discount, flash_backward, strict

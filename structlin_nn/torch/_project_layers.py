@@ -33,12 +33,10 @@ class LayerProjection:
         Names of the layer; several if the module is used at several places.
     shape
         Shape (d_out, d_in) of the weight.
-    structure
-        Structure of the new layer; None if the layer stays dense.
-    options
-        Options that were chosen for this layer, such as ``{"rank": 12}``.
+    structure, options
+        Structure of the new layer, and the options that were chosen for it, such as ``{"rank": 12}``.
     reason
-        Reason why the layer stays dense.
+        Reason why the layer stays dense; its structure is None.
     weight_error
         Relative error :math:`\|W - A\|_F / \|W\|_F` of the new weight A as it is stored.
     output_error
@@ -80,13 +78,11 @@ class ProjectionReport:
     layers
         Selected layers, including those that stay dense, in the order in which the model registers them.
     skipped
-        Layers that were left out because their weight is tied to another module: reason by name.
+        Names of the other selected layers, with the reason why they were left out.
     notes
         Other changes of the model.
-    max_macs
-        Budget of MACs; None if there was none.
-    max_params
-        Budget of parameters; None if there was none.
+    max_macs, max_params
+        Budget of MACs or of parameters; None if there was none.
     """
 
     layers: tuple[LayerProjection, ...]

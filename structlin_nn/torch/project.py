@@ -68,11 +68,10 @@ def project_linear(
     **Choice of the forms.** Without ``target_error`` and budget, ``options`` determine the form, with the defaults of
     the structure. Otherwise each layer gets its own rank. For a structure without ranks it gets its own number of
     blocks, a power of 2, which for Monarch divides the inner size. A budget is allocated so that the sum of the squared
-    relative errors over the layers is small (errors of the outputs, with calibration). The allocation follows the
-    convex hulls of the curves of error against cost and takes the steepest descent first; it is optimal except for the
-    last step. The dense layer is the last point of each curve. One decomposition for each layer gives the curves of low
-    rank, and without calibration those of Tensor-Train and Block Tensor-Train with two cores. For other structures a
-    few sweeps compute each point, at ranks that grow by factors of 1.5.
+    relative errors over the layers is small (errors of the outputs, with calibration); the allocation is optimal except
+    for its last step. One decomposition for each layer gives the errors of low rank, and without calibration those of
+    Tensor-Train and Block Tensor-Train with two cores. For other structures a few sweeps compute each error, at ranks
+    that grow by factors of 1.5.
 
     Parameters
     ----------
@@ -95,10 +94,9 @@ def project_linear(
     target_error
         Give each layer the cheapest form whose relative error is at most this value (with calibration, weighted by the
         damped second moments).
-    max_macs
-        Budget of MACs of all selected layers, for one vector at each place of a layer.
-    mac_fraction
-        Budget as a fraction, in (0, 1], of the MACs of the selected layers before projection.
+    max_macs, mac_fraction
+        Budget of MACs of all selected layers, for one vector at each place of a layer; or the budget as a fraction, in
+        (0, 1], of the MACs before projection.
     max_params, param_fraction
         Budget of the parameters of all selected layers, without biases and gains. Those of a module that is used at
         several places count once.

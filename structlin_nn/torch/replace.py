@@ -77,8 +77,8 @@ def replace_linear(
     replacement.
 
     A pattern is a glob for the full name of the layer, in which ``*`` also matches dots, or a compiled regular
-    expression for the whole name. A module that is used at several places has several names. It is selected (excluded)
-    if one of them is, and is replaced by one layer at all places.
+    expression for the whole name. A module that is used at several places is selected (excluded) by any of its names,
+    and is replaced by one layer at all places.
 
     Parameters
     ----------

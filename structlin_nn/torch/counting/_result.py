@@ -84,18 +84,14 @@ class ModelCount:
     ----------
     calls
         Products by module and kind, in the order of their first call.
-    params
-        Number of parameters; a shared one counts once.
-    trainable_params
-        Number of parameters that require a gradient.
-    embedding_params
-        Number of trainable parameters of nn.Embedding.
+    params, trainable_params, embedding_params
+        Numbers of parameters: all of them (a shared one counts once), those that require a gradient, and those of the
+        latter that belong to nn.Embedding.
     buffer_bytes
         Bytes of buffers.
-    uncounted_ops
-        Number of calls in the forward pass of each operation without products.
-    uncounted_moved
-        Numbers that these operations read and write.
+    uncounted_ops, uncounted_moved
+        Number of calls in the forward pass of each operation without products, and the numbers that these operations
+        read and write.
     saved
         Floating numbers that the forward pass keeps for the backward pass on this device. Each array counts once,
         without parameters and buffers. Attention keeps what fused attention does: queries, keys, values, result, and
@@ -111,14 +107,12 @@ class ModelCount:
         Bytes of ``params``, ``trainable_params`` and ``saved`` in their own dtypes.
     dtype
         Name of the parameters' dtype; None for several dtypes or no parameters.
-    backward_from
-        What the backward pass starts from, as text: the loss, a number of results, or nothing.
-    unreached_params
-        Number of trainable parameters without a gradient.
-    modules
-        Type of each module that was called, by name.
-    seconds
-        Seconds of the forward pass of each module, if :func:`time_modules` timed it.
+    backward_from, unreached_params
+        What the backward pass starts from, as text: the loss, a number of results, or nothing; and the number of
+        trainable parameters without a gradient.
+    modules, seconds
+        Type of each module that was called, by name, and the seconds of its forward pass if :func:`time_modules` timed
+        it.
     """
 
     calls: list[CallCount]

@@ -167,21 +167,21 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     values = {id(b): (b, b.detach().clone()) for _, known in buffers for b in known.values() if b is not None}
     parameters = [(p, p.grad) for p in model.parameters()]
     # An optimiser may step in a hook.
-    hooks = [known for p, _ in parameters if (known := getattr(p, "_post_accumulate_grad_hooks", None))]
-    kept = [dict(known) for known in hooks]
+    held = (getattr(p, "_post_accumulate_grad_hooks", None) for p, _ in parameters)
+    hooks = [(known, dict(known)) for known in held if known]
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # the state that others use
     devices = {x.device for x in (*model.parameters(), *model.buffers()) if x.device.type == "cuda"}
     with torch.random.fork_rng([d.index for d in devices]):
         for p, _ in parameters:
             p.grad = None
-        for known in hooks:
+        for known, _ in hooks:
             known.clear()
         try:
             yield
         finally:
             for p, grad in parameters:
                 p.grad = grad
-            for known, entries in zip(hooks, kept, strict=True):
+            for known, entries in hooks:
                 known.update(entries)
             for module, names in buffers:
                 module._buffers.clear()
@@ -325,8 +325,7 @@ def time_modules(model: nn.Module, *inputs: Any, repeats: int = 5, grad: bool = 
         raise ValueError("a model on the meta device computes nothing, so it cannot be timed; move it to a device")
     names = {module: name for name, module in model.named_modules()}
     cuda = any(p.is_cuda for p in model.parameters())
-    seconds: dict[str, list[float]] = defaultdict(list)
-    spent: dict[str, float] = defaultdict(float)
+    runs: list[dict[str, float]] = []  # seconds of the modules in each call of the model
     started: list[tuple[nn.Module, float]] = []
 
     def now() -> float:
@@ -343,7 +342,7 @@ def time_modules(model: nn.Module, *inputs: Any, repeats: int = 5, grad: bool = 
             inside, start = started.pop()
             if inside is module:
                 if module in names:
-                    spent[names[module]] += end - start
+                    runs[-1][names[module]] += end - start
                 return
 
     with ExitStack() as stack, _untouched(model), torch.set_grad_enabled(grad):
@@ -351,9 +350,8 @@ def time_modules(model: nn.Module, *inputs: Any, repeats: int = 5, grad: bool = 
         stack.callback(register_module_forward_pre_hook(enter).remove)
         stack.callback(register_module_forward_hook(leave).remove)
         for _ in range(repeats):
-            spent.clear()
+            runs.append(defaultdict(float))
             model(*inputs, **kwargs)
-            for name, value in spent.items():
-                seconds[name].append(value)
-    found.seconds = {name: statistics.median(values) for name, values in seconds.items()}
+    called = dict.fromkeys(name for spent in runs for name in spent)
+    found.seconds = {name: statistics.median(spent[name] for spent in runs if name in spent) for name in called}
     return found
