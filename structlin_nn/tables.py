@@ -202,8 +202,8 @@ def group_rows(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[Row]
     _check_columns(rows, names)
     found: dict[str, list[Row]] = {}
     for row in rows:
-        known = [name for name in names if row.get(name) is not None]
-        parts = [str(row[name]) if name == names[0] else f"{name} {row[name]}" for name in known]
+        known = [(number, name) for number, name in enumerate(names) if row.get(name) is not None]
+        parts = [f"{name} {row[name]}" if number else str(row[name]) for number, name in known]
         found.setdefault(", ".join(parts) or "all", []).append(row)
     return found
 

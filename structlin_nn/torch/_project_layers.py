@@ -347,7 +347,7 @@ def layer_of(
     """Return a layer with the factors of a solution for each matrix, and all other properties of ``linear``."""
     weight, bias = linear.get_parameter("weight"), linear._parameters.get("bias")
     # On the meta device, so that the global generator does not advance.
-    new = structured_like(linear, device="meta", **options).to_empty(device=weight.device)
+    new = structured_like(linear, "meta", options).to_empty(device=weight.device)
     assert new.structure == structure
     factors: Iterator[nn.Parameter] = iter(new.factors)
     gains: Iterator[nn.Parameter] = iter(new.gains or ())

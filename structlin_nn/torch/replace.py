@@ -204,7 +204,8 @@ def replace_linear(
             try:
                 found = as_structure(kind)
                 found = found(name, linear) if callable(found) else found
-                new = _structured(name, linear, found, {**common, "zero_init": linear in zeroed, **rest, **own})
+                given = {"structure": found, **common, "zero_init": linear in zeroed, **rest, **own}
+                new = _structured(name, linear, given)
             except ValueError as error:
                 cannot(name, error, isinstance(kind, AbstractStructure))  # which is meant for these layers
                 continue
@@ -334,17 +335,16 @@ def num_params(layer: nn.Module) -> int:
     return sum(p.numel() for p in layer.parameters())
 
 
-def structured_like(linear: nn.Module, **options: Any) -> StructuredLinear:
+def structured_like(linear: nn.Module, device: Any, options: Mapping[str, Any]) -> StructuredLinear:
     """Return a structured layer with the sizes and the dtype of a linear layer, and a bias if it has one."""
     bias = linear._parameters.get("bias") is not None
     dtype = linear.get_parameter("weight").dtype
-    return structured_kind(linear)(*sizes_of(linear), bias=bias, dtype=dtype, **options)
+    return structured_kind(linear)(*sizes_of(linear), bias=bias, device=device, dtype=dtype, **options)
 
 
-def _structured(name: str, linear: nn.Module, structure: Any, options: Mapping[str, Any]) -> StructuredLinear:
-    device = linear.get_parameter("weight").device
+def _structured(name: str, linear: nn.Module, options: Mapping[str, Any]) -> StructuredLinear:
     try:
-        new = structured_like(linear, device=device, structure=structure, **options)
+        new = structured_like(linear, linear.get_parameter("weight").device, options)
     except (TypeError, ValueError) as error:
         d_in, d_out = sizes_of(linear)
         raise type(error)(f"layer {name!r} ({d_in} -> {d_out}): {error}") from error
