@@ -309,13 +309,12 @@ class JaxCount:
     def __str__(self) -> str:
         missing = occurrences(self.unknown_ops)
         note = f"  without UNKNOWN primitives: {missing}" if missing else ""
+        totals = [("parameters", self.params, ""), ("forward MACs", self.macs, note)]
+        totals += [(f"  {name}", macs, "") for name, macs in self.products.items()]
+        totals += [] if self.training_macs is None else [("training MACs", self.training_macs, note)]
+        totals += [("other FLOPs, forward", self.other_flops, "")] if self.other_flops else []
         lines = [f"UNKNOWN primitives: {missing}"] if missing else []
-        lines += [f"{'parameters':<24}{self.params:>20,}", f"{'forward MACs':<24}{self.macs:>20,}{note}"]
-        lines += [f"{'  ' + name:<24}{macs:>20,}" for name, macs in self.products.items()]
-        if self.training_macs is not None:
-            lines.append(f"{'training MACs':<24}{self.training_macs:>20,}{note}")
-        if self.other_flops:
-            lines.append(f"{'other FLOPs, forward':<24}{self.other_flops:>20,}")
+        lines += [f"{label:<24}{number:>20,}{more}" for label, number, more in totals]
         if self.unbounded:
             lines.append(f"MACs of one round of each while loop, not counted: {', '.join(map(str, self.unbounded))}")
         return "\n".join([*lines, f"not counted (no products): {occurrences(self.uncounted_ops) or 'none'}"])

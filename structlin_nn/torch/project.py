@@ -274,11 +274,10 @@ def _chosen(
             continue
         try:
             _check_is_called(model, names, linear)
+            chosen[linear] = names
         except ValueError as error:
             errors.append(error)
             skipped.append((names[0], str(error)))
-            continue
-        chosen[linear] = names
     if not chosen and errors:
         raise errors[0]
     if not chosen:
