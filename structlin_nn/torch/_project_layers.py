@@ -139,7 +139,6 @@ class ProjectionReport:
 
 
 StructureOf = Callable[[str, nn.Module], AbstractStructure]
-Made = tuple[StructuredLinear | None, LayerProjection]
 
 
 def on_host(x: Tensor) -> np.ndarray:
@@ -155,7 +154,8 @@ class Task:
     """A layer to project, with the second moments of its inputs if they are known, and what it can become.
 
     A layer of experts has several matrices, and second moments for each. All get the same structure: ``fixed``, or one
-    of ``forms``. A budget determines the ``number`` of the form; the number after the last form stands for dense.
+    of ``forms``. A budget determines the ``number`` of the form; the number after the last form stands for dense. The
+    ``new`` layer is None until it is made, and if the layer stays dense.
     """
 
     linear: nn.Module
@@ -164,6 +164,7 @@ class Task:
     fixed: AbstractStructure | None = None
     forms: Forms | None = None
     number: int | None = None
+    new: StructuredLinear | None = None
     _problems: list[Problem] | None = None
 
     def __post_init__(self) -> None:
@@ -191,10 +192,6 @@ class Task:
             damped = (c if c is None else c + damping * np.trace(c).real / size * np.eye(size) for c in moments)
             self._problems = [Problem(matrix, c) for matrix, c in zip(matrices, damped, strict=True)]
         return self._problems
-
-    def forget(self) -> None:
-        """Free the arrays that are at least as large as the weight."""
-        self._problems = self.moments = None
 
     def named(self, error: Exception) -> Exception:
         """Return an error with the name of the layer."""
@@ -279,28 +276,28 @@ class Choice:
 
     def run(
         self, tasks: Sequence[Task], damping: float, settings: Settings, layer_options: Mapping[str, Any]
-    ) -> list[Made]:
-        """Return the new layer of each task (None if it stays dense), and its line of the report."""
+    ) -> list[LayerProjection]:
+        """Make the new layer of each task, and return the lines of the report."""
         if self.budget is not None:
             self._share_out(tasks, damping)
-        made: list[Made] = []
+        lines: list[LayerProjection] = []
         for task in tasks:
             try:
                 found = self._form(task, damping, settings)
                 if isinstance(found, str):
-                    made.append((None, _line(task, None, {}, found)))
+                    lines.append(_line(task, {}, found))
                 else:
                     structure, choice, solutions = found
                     kind: dict[str, Any] = {"structure": structure}
                     if isinstance(self.structure, str):
                         fixed = self.options if task.forms is None else task.forms.options
                         kind = {"structure": self.structure, **fixed, **choice}
-                    new = layer_of(task.linear, structure, solutions, {**kind, **layer_options})
-                    made.append((new, _line(task, new, choice)))
+                    task.new = layer_of(task.linear, structure, solutions, {**kind, **layer_options})
+                    lines.append(_line(task, choice))
             except (TypeError, ValueError) as error:
                 raise task.named(error) from error
-            task.forget()
-        return made
+            task._problems = task.moments = None  # arrays that are at least as large as the weight
+        return lines
 
     def _share_out(self, tasks: Sequence[Task], damping: float) -> None:
         """Set the number of the form of each layer within the budget."""
@@ -387,9 +384,9 @@ def dense_of(layer: StructuredLinear) -> np.ndarray:
     return np.stack([build(layer.structure, tuple(f[e] for f in factors), dtype).to_dense() for e in range(experts)])
 
 
-def _line(task: Task, new: StructuredLinear | None, choice: dict[str, Any], reason: str = "") -> LayerProjection:
+def _line(task: Task, choice: dict[str, Any], reason: str = "") -> LayerProjection:
     """Return the line of the report on a layer, which without a new one stays dense."""
-    before = num_params(task.linear)
+    before, new = num_params(task.linear), task.new
     if new is None:
         output = None if task.moments is None else 0.0
         costs = before, before, task.dense_macs, task.dense_macs

@@ -167,20 +167,19 @@ def project_linear(
             moments = gather(model, {task.linear: task.names[0] for task in tasks}, calibration, forward, notes)
             for task in tasks:
                 task.moments = moments[task.linear].numpy()
-        made = choice.run(tasks, damping, settings, {"rms_cap": rms_cap, "gain": gain, "rule": rule})
-        layers_of = {task.linear: new for task, (new, _) in zip(tasks, made, strict=True) if new is not None}
-        notes |= install(model, layers_of, chosen)
+        lines = choice.run(tasks, damping, settings, {"rms_cap": rms_cap, "gain": gain, "rule": rule})
+        notes |= install(model, {task.linear: task.new for task in tasks if task.new is not None}, chosen)
         restore()
         changed(model)
         if isinstance(structure, str) and not choice.by_layer and not options:
-            errors = [line.weight_error if line.output_error is None else line.output_error for _, line in made]
+            errors = [line.weight_error if line.output_error is None else line.output_error for line in lines]
             warnings.warn(
                 f"with the default options of {structure} the layers have relative errors of up to "
                 f"{max(errors):.2f}; give an option such as rank, target_error, or a budget such as mac_fraction=0.5",
                 stacklevel=2,
             )
         budget = {"max_macs" if choice.unit == "MACs" else "max_params": choice.budget}
-        return ProjectionReport(tuple(line for _, line in made), tuple(skipped), tuple(notes), **budget)
+        return ProjectionReport(tuple(lines), tuple(skipped), tuple(notes), **budget)
 
 
 def to_dense_linear(model: nn.Module) -> tuple[str, ...]:
