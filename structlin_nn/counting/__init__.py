@@ -17,11 +17,26 @@ from structlin_nn.counting._costs import (
     training_bytes,
 )
 from structlin_nn.counting._named import count_model, format_count
-from structlin_nn.torch import counting as _any_model
-from structlin_nn.torch.counting import *  # noqa: F403  # what is public there is public here
+from structlin_nn.torch.counting import (
+    CallCount,
+    Counting,
+    ModelCount,
+    ModuleCount,
+    Product,
+    UnknownOperationError,
+    backward_macs,
+    classify,
+    classify_name,
+    count,
+    operation_names,
+    register_no_product,
+    register_product,
+    time_modules,
+)
 
 __all__ = [
-    "DEVICES", "DTYPES", "OPTIMIZER_STATES", "Device", "Roofline", "count_loss", "count_model", "device",
-    "format_count", "measure_cpu", "roofline", "training_bytes",
+    "DEVICES", "DTYPES", "OPTIMIZER_STATES", "CallCount", "Counting", "Device", "ModelCount", "ModuleCount", "Product",
+    "Roofline", "UnknownOperationError", "backward_macs", "classify", "classify_name", "count", "count_loss",
+    "count_model", "device", "format_count", "measure_cpu", "operation_names", "register_no_product",
+    "register_product", "roofline", "time_modules", "training_bytes",
 ]  # fmt: skip
-__all__ += _any_model.__all__
