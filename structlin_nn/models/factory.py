@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -129,34 +129,35 @@ class LinearFactory:
         return nn.Embedding(count, size, device=self.device, dtype=self.dtype)
 
 
-def check_positive(config: Any, *names: str) -> None:
-    """Raise ValueError unless the named attributes of ``config`` are positive integers."""
-    for name in names:
-        check_integer(name, getattr(config, name))
-
-
-def check_shape(shape: Any) -> tuple[int, int, int]:
-    """Return (channels, height, width) as a tuple of positive integers; ValueError for other values."""
-    shape = tuple(shape)
-    if len(shape) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
-        raise ValueError(f"input_shape is (channels, height, width) in positive integers, got {shape}")
-    return shape
-
-
 def check_images(x: Any, shape: tuple[int, int, int]) -> None:
     """Raise ValueError unless an array has the shape (batch, *shape)."""
     if tuple(x.shape[1:]) != shape:
         raise ValueError(f"images of shape (batch, *{shape}) are needed, got {tuple(x.shape)}")
 
 
-def resolve_head_dim(config: Any) -> None:
-    """Fill in ``config.head_dim``: the width divided by the number of heads, rounded down."""
-    check_positive(config, "width", "heads")
-    if config.head_dim is None:
-        if config.heads > config.width:
-            raise ValueError(f"width {config.width} is smaller than the number of heads {config.heads}; pass head_dim")
-        object.__setattr__(config, "head_dim", config.width // config.heads)
-    check_positive(config, "head_dim")
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a model, checked by their types; ``head_dim`` None becomes the width divided by the number of heads."""
+
+    width: int
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            name, value = entry.name, getattr(self, entry.name)
+            if name == "head_dim" and value is None:
+                heads: int = self.heads  # type: ignore[attr-defined]
+                if heads > self.width:
+                    raise ValueError(f"width {self.width} is smaller than the number of heads {heads}; pass head_dim")
+                value = self.width // heads
+            if name == "input_shape":
+                value = tuple(value)
+                if len(value) != 3 or any(type(n) is not int or n < 1 for n in value):
+                    raise ValueError(f"{name} is (channels, height, width) in positive integers, got {value}")
+            if entry.type in ("int", "int | None"):
+                check_integer(name, value)
+            if entry.type == "bool" and not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
+            object.__setattr__(self, name, value)
 
 
 class AttentionParts:

@@ -19,12 +19,10 @@ from structlin_nn.models.factory import (
     LinearFactory,
     MLPBlockParts,
     MLPParts,
+    Sizes,
     StructureConfig,
     ViTParts,
     check_images,
-    check_positive,
-    check_shape,
-    resolve_head_dim,
 )
 from structlin_nn.torch import mlp, projections
 
@@ -114,8 +112,9 @@ class Blocks(nn.ModuleList):
 
 
 class BlockModel(nn.Module):
-    """A model with ``blocks``, of the sizes ``config``."""
+    """A model with ``blocks``, of the sizes ``config``, an instance of ``config_class``."""
 
+    config_class: type
     blocks: Blocks
     default_layers: str
     make: Callable[..., None]
@@ -140,10 +139,9 @@ class ImageModel(BlockModel):
 
 
 @dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(Sizes):
     """Sizes of a :class:`ViT`. ``input_shape`` is (channels, height, width); ``head_dim`` None: width // heads."""
 
-    width: int
     depth: int = 12
     heads: int = 4
     head_dim: int | None = None
@@ -154,12 +152,10 @@ class ViTConfig:
     structure: StructureConfig = field(default_factory=StructureConfig)
 
     def __post_init__(self) -> None:
-        check_positive(self, "depth", "num_classes", "patch", "expansion")
-        resolve_head_dim(self)
-        shape = check_shape(self.input_shape)
-        object.__setattr__(self, "input_shape", shape)
-        if shape[1] % self.patch or shape[2] % self.patch:
-            raise ValueError(f"patches of {self.patch} x {self.patch} do not tile images of {shape[1]} x {shape[2]}")
+        super().__post_init__()
+        _, height, width = self.input_shape
+        if height % self.patch or width % self.patch:
+            raise ValueError(f"patches of {self.patch} x {self.patch} do not tile images of {height} x {width}")
 
     @property
     def patches(self) -> int:
@@ -181,7 +177,7 @@ class ViT(ViTParts, ImageModel):
     torch.Size([2, 7])
     """
 
-    block = Block
+    block, config_class = Block, ViTConfig
 
     def patchify(self, x: Tensor) -> Tensor:
         """Return patches (batch, patches, patch * patch * channels) of images (batch, channels, height, width)."""
@@ -202,7 +198,7 @@ class ViT(ViTParts, ImageModel):
 
 
 @dataclass(frozen=True)
-class GPT2Config:
+class GPT2Config(Sizes):
     """Sizes of a :class:`GPT2`. ``context`` is the number of positions; ``head_dim`` None: width // heads.
 
     The rest turns the paper's model into the published GPT-2 (:mod:`structlin_nn.models.files`): ``qk_norm``
@@ -212,7 +208,6 @@ class GPT2Config:
     ``tanh`` (approximate).
     """
 
-    width: int
     depth: int = 12
     heads: int = 12
     head_dim: int | None = None
@@ -227,11 +222,7 @@ class GPT2Config:
     structure: StructureConfig = field(default_factory=StructureConfig)
 
     def __post_init__(self) -> None:
-        check_positive(self, "depth", "vocabulary", "context", "expansion")
-        resolve_head_dim(self)
-        for name in ("qk_norm", "bias", "tied"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {value!r}")
+        super().__post_init__()
         if self.attention_scale is not None and not 0 < self.attention_scale < math.inf:
             raise ValueError(f"attention_scale must be positive and finite, got {self.attention_scale!r}")
         if self.gelu not in ("none", "tanh"):
@@ -252,7 +243,7 @@ class GPT2(GPT2Parts, BlockModel):
     torch.Size([2, 5, 30])
     """
 
-    block = Block
+    block, config_class = Block, GPT2Config
 
     def forward(self, tokens: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits, or (logits, features): the features (batch, length, width) are what the head reads."""
@@ -275,23 +266,18 @@ PERMUTATION_SEED = 0
 
 
 @dataclass(frozen=True)
-class MLPConfig:
+class MLPConfig(Sizes):
     """Sizes of an :class:`MLP`. ``input_shape`` is (channels, height, width); ``expansion`` that of the blocks.
 
     ``bias=False`` leaves out the biases of layers and norms.
     """
 
-    width: int
     depth: int = 3
     num_classes: int = 10
     input_shape: tuple[int, int, int] = (3, 32, 32)
     expansion: int = 4
     bias: bool = True
     structure: StructureConfig = field(default_factory=StructureConfig)
-
-    def __post_init__(self) -> None:
-        check_positive(self, "width", "depth", "num_classes", "expansion")
-        object.__setattr__(self, "input_shape", check_shape(self.input_shape))
 
 
 class MLPBlock(MLPBlockParts, nn.Module):
@@ -315,7 +301,7 @@ class MLP(MLPParts, ImageModel):
     torch.Size([2, 10])
     """
 
-    block = MLPBlock
+    block, config_class = MLPBlock, MLPConfig
     permutation: Tensor
 
     def make(self, linear: LinearFactory, config: MLPConfig) -> None:
