@@ -19,16 +19,7 @@ from jax import Array
 
 from structlin_nn import models
 from structlin_nn.flax.linear import Index, StructuredLinear
-from structlin_nn.models import LinearFactory, MLPConfig, StructureConfig
-from structlin_nn.models.factory import (
-    AttentionParts,
-    BlockParts,
-    GPT2Parts,
-    MLPBlockParts,
-    MLPParts,
-    ViTParts,
-    check_images,
-)
+from structlin_nn.models import LinearFactory, MLPConfig, StructureConfig, factory
 
 __all__ = ["GPT2", "MLP", "MODELS", "ViT", "base_model", "build_model"]
 
@@ -69,14 +60,14 @@ class _Model(nnx.Module):
         self.make(_Maker(config.structure, self.default_layers, **common), config)
 
 
-class MLPBlock(MLPBlockParts, nnx.Module):
+class MLPBlock(factory.MLPBlockParts, nnx.Module):
     """The block of :class:`structlin_nn.models.factory.MLPBlockParts`."""
 
     def __call__(self, h: Array) -> Array:
         return h + self.down(nnx.gelu(self.up(self.norm(h)), approximate=False))
 
 
-class MLP(MLPParts, _Model):
+class MLP(factory.MLPParts, _Model):
     """Residual MLP on permuted pixels: :class:`structlin_nn.models.MLP`.
 
     (batch, channels, height, width) -> logits (batch, num_classes).
@@ -100,14 +91,14 @@ class MLP(MLPParts, _Model):
 
     def __call__(self, x: Array) -> Array:
         """Return the logits of images (batch, channels, height, width)."""
-        check_images(x, self.config.input_shape)
+        factory.check_images(x, self.config.input_shape)
         h = nnx.gelu(self.input(x.reshape(len(x), -1)[:, self.permutation[...]]), approximate=False)
         for block in self.blocks:
             h = block(h)
         return self.output(h)
 
 
-class Attention(AttentionParts, nnx.Module):
+class Attention(factory.AttentionParts, nnx.Module):
     """The attention of :class:`structlin_nn.models.factory.AttentionParts`."""
 
     def __call__(self, x: Array) -> Array:
@@ -125,7 +116,7 @@ class Attention(AttentionParts, nnx.Module):
         return self.out(y.reshape(*x.shape[:-1], -1))
 
 
-class Block(BlockParts, nnx.Module):
+class Block(factory.BlockParts, nnx.Module):
     """The block of :class:`structlin_nn.models.factory.BlockParts`."""
 
     attend = Attention
@@ -135,7 +126,7 @@ class Block(BlockParts, nnx.Module):
         return x + self.down(nnx.gelu(self.up(self.ffn_norm(x)), approximate=self.gelu == "tanh"))
 
 
-class GPT2(GPT2Parts, _Model):
+class GPT2(factory.GPT2Parts, _Model):
     """Causal transformer over tokens: :class:`structlin_nn.models.GPT2`.
 
     Tokens (batch, length) -> logits (batch, length, vocabulary).
@@ -161,7 +152,7 @@ class GPT2(GPT2Parts, _Model):
         return self.tokens.attend(x) if config.tied else self.head(x)
 
 
-class ViT(ViTParts, _Model):
+class ViT(factory.ViTParts, _Model):
     """Vision transformer with a class token: :class:`structlin_nn.models.ViT`.
 
     (batch, channels, height, width) -> logits (batch, num_classes).
@@ -184,7 +175,7 @@ class ViT(ViTParts, _Model):
 
     def __call__(self, x: Array) -> Array:
         """Return the logits of images (batch, channels, height, width)."""
-        check_images(x, self.config.input_shape)
+        factory.check_images(x, self.config.input_shape)
         x = self.embedding_norm(self.patch_embedding(self.patch_norm(self.patchify(x))))
         token, positions = self.class_token(jnp.zeros((len(x), 1), int)), self.positions(jnp.arange(x.shape[1] + 1))
         x = jnp.concatenate([token.astype(x.dtype), x], axis=1) + positions.astype(x.dtype)

@@ -12,18 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from structlin_nn.models.factory import (
-    AttentionParts,
-    BlockParts,
-    GPT2Parts,
-    LinearFactory,
-    MLPBlockParts,
-    MLPParts,
-    Sizes,
-    StructureConfig,
-    ViTParts,
-    check_images,
-)
+from structlin_nn.models import factory
+from structlin_nn.models.factory import LinearFactory, Sizes, StructureConfig
 from structlin_nn.torch import mlp, projections
 
 # Up to so many tokens, without and with a backward pass, batched products of bfloat16 are faster on a CPU than torch's
@@ -61,7 +51,7 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: 
     return logits.softmax(-1) @ v
 
 
-class Attention(AttentionParts, nn.Module):
+class Attention(factory.AttentionParts, nn.Module):
     """The attention of :class:`structlin_nn.models.factory.AttentionParts`; a ``norm`` may be given to the call."""
 
     def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
@@ -75,7 +65,7 @@ class Attention(AttentionParts, nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
-class Block(BlockParts, nn.Module):
+class Block(factory.BlockParts, nn.Module):
     """The block of :class:`structlin_nn.models.factory.BlockParts`."""
 
     attend = Attention
@@ -163,7 +153,7 @@ class ViTConfig(Sizes):
         return (self.input_shape[1] // self.patch) * (self.input_shape[2] // self.patch)
 
 
-class ViT(ViTParts, ImageModel):
+class ViT(factory.ViTParts, ImageModel):
     """Vision transformer with a class token (Dosovitskiy et al., 2021) and normalised queries and keys.
 
     Patch embedding with LayerNorm on both sides, pre-norm blocks, a final LayerNorm, and a head on the class token.
@@ -187,7 +177,7 @@ class ViT(ViTParts, ImageModel):
 
     def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits, or (logits, features): the head reads the features (batch, width) after the last norm."""
-        check_images(x, self.config.input_shape)
+        factory.check_images(x, self.config.input_shape)
         x = self.embedding_norm(self.patch_embedding(self.patch_norm(self.patchify(x))))
         token = self.class_token.weight.expand(x.shape[0], 1, -1)
         x = torch.cat([token, x], dim=1) + self.positions.weight
@@ -229,7 +219,7 @@ class GPT2Config(Sizes):
             raise ValueError(f"gelu must be 'none' or 'tanh', got {self.gelu!r}")
 
 
-class GPT2(GPT2Parts, BlockModel):
+class GPT2(factory.GPT2Parts, BlockModel):
     """Causal transformer over tokens (Radford et al., 2019), by default without biases and with an untied head.
 
     Token and position embeddings, pre-norm blocks, a final LayerNorm and a head that is structured like the rest.
@@ -280,7 +270,7 @@ class MLPConfig(Sizes):
     structure: StructureConfig = field(default_factory=StructureConfig)
 
 
-class MLPBlock(MLPBlockParts, nn.Module):
+class MLPBlock(factory.MLPBlockParts, nn.Module):
     """The block of :class:`structlin_nn.models.factory.MLPBlockParts`."""
 
     def forward(self, h: Tensor) -> Tensor:
@@ -288,7 +278,7 @@ class MLPBlock(MLPBlockParts, nn.Module):
         return mlp(h, self.up, self.down, norm=self.norm, residual=True)
 
 
-class MLP(MLPParts, ImageModel):
+class MLP(factory.MLPParts, ImageModel):
     """Residual MLP on permuted pixels (Qiu et al., *Compute Better Spent*, ICML 2024, section 4).
 
     The pixels of an image are put into a fixed random order, the same for all images and models, so that no
@@ -318,7 +308,7 @@ class MLP(MLPParts, ImageModel):
 
     def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits, or (logits, features): the features (batch, width) are what the output layer reads."""
-        check_images(x, self.config.input_shape)
+        factory.check_images(x, self.config.input_shape)
         h = F.gelu(self.input(x.flatten(1).index_select(1, self.permutation)))
         h = self.blocks(h)
         logits = self.output(h)
