@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
 from torch import nn
 
 import structlin
@@ -77,7 +76,7 @@ class StructureConfig:
 
 
 class LinearFactory:
-    """Makes the linear layers of one model, structured or dense according to their role.
+    """Makes the linear layers of one model, structured or dense according to their role; ``common`` are options of all.
 
     Examples
     --------
@@ -86,47 +85,37 @@ class LinearFactory:
     (60, 96)
     """
 
-    def __init__(
-        self, structure: StructureConfig, default_layers: str, device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
-        self.structure = structure
+    layer: Any = StructuredLinear
+    bias_option = "bias"
+
+    def __init__(self, structure: StructureConfig, default_layers: str, **common: Any) -> None:
+        self.structure, self.common = structure, common
         self.roles = LAYER_PRESETS[structure.layers or default_layers]
-        self.device, self.dtype = device, dtype
 
     def __call__(
         self, in_features: int, out_features: int, *, role: str = "hidden", bias: bool = True, zero_init: bool = False,
         gain: bool = True,
-    ) -> StructuredLinear:  # fmt: skip
-        """Return a layer ``(..., in_features) -> (..., out_features)``; the options are those of :meth:`layer_options`.
-
-        ``zero_init`` zeroes the factor that is applied last.
-        """
-        return StructuredLinear(
-            in_features, out_features, bias, self.device, self.dtype, zero_init=zero_init,
-            **self.layer_options(role, gain),
-        )  # fmt: skip
-
-    def layer_options(self, role: str, gain: bool) -> dict[str, Any]:
-        """Return the structure of a layer by its role, with its options; ValueError for an unknown role.
+    ) -> Any:  # fmt: skip
+        """Return a layer ``(..., in_features) -> (..., out_features)``; ValueError for an unknown role.
 
         A layer of the role ``input`` reads the data, one of the role ``output`` makes the logits, others are
-        ``hidden``. ``gain=False`` leaves out the learned gains of an RMS-capped layer.
+        ``hidden``. ``gain=False`` leaves out the learned gains of an RMS-capped layer, and ``zero_init`` zeroes the
+        factor that is applied last.
         """
         check_known("role", role, ROLES)
+        config, options = self.structure, {**self.common, self.bias_option: bias, "zero_init": zero_init}
         if role not in self.roles:
-            return {"structure": "dense"}
-        config = self.structure
-        capped: dict[str, Any] = {"rms_cap": config.rms_cap, "gain": gain and config.rms_cap, "rule": config.rule}
-        return {"structure": config.name, **capped, **config.options}
+            return self.layer(in_features, out_features, structure="dense", **options)
+        options |= {"rms_cap": config.rms_cap, "gain": gain and config.rms_cap, "rule": config.rule, **config.options}
+        return self.layer(in_features, out_features, structure=config.name, **options)
 
-    def norm(self, size: int, bias: bool = True) -> nn.LayerNorm:
+    def norm(self, size: int, bias: bool = True) -> Any:
         """Return a LayerNorm over the last axis."""
-        return nn.LayerNorm(size, bias=bias, device=self.device, dtype=self.dtype)
+        return nn.LayerNorm(size, bias=bias, **self.common)
 
-    def embedding(self, count: int, size: int) -> nn.Embedding:
+    def embedding(self, count: int, size: int) -> Any:
         """``count`` learned vectors, drawn from N(0, 1): features of RMS 1, whatever the width."""
-        return nn.Embedding(count, size, device=self.device, dtype=self.dtype)
+        return nn.Embedding(count, size, **self.common)
 
 
 def check_images(x: Any, shape: tuple[int, int, int]) -> None:

@@ -188,10 +188,7 @@ _PLACES = {
 }  # fmt: skip
 
 
-def load_gpt2(
-    source: nn.Module | str | os.PathLike[str], *, untie: bool = False, device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> GPT2:  # fmt: skip
+def load_gpt2(source: nn.Module | str | os.PathLike[str], *, untie: bool = False) -> GPT2:
     """GPT-2 as published, with the weights of transformers: the logits are the same up to rounding.
 
     The files need neither transformers nor pickles. Source of the format: transformers' `GPT2LMHeadModel`; of the
@@ -204,15 +201,12 @@ def load_gpt2(
         a .safetensors file beside its ``config.json``.
     untie
         Give the model a head of its own, a copy of the token embedding, so that it can be projected too.
-    device
-        Device of the model.
-    dtype
-        Dtype of the model. None takes that of the token embedding.
 
     Returns
     -------
     structlin_nn.models.GPT2
-        A model in evaluation mode. It has no dropout; a configuration's is for training, and not taken over.
+        A model on the CPU, in evaluation mode, with the dtype of the token embedding. It has no dropout; a
+        configuration's is for training, and not taken over.
 
     Raises
     ------
@@ -225,12 +219,12 @@ def load_gpt2(
     config = _gpt2_config(settings, tied)
     given = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     own = _renamed({name: tensor for name, tensor in given.items() if not _MASKS.match(name)}, tied)
-    model = GPT2(config, device="meta", dtype=dtype or own["tokens.weight"].dtype)
+    model = GPT2(config, device="meta", dtype=own["tokens.weight"].dtype)
     try:
         check_entries(model.state_dict(), own)
     except ValueError as error:
         raise ValueError(f"the weights do not make a GPT-2 of {config.depth} blocks: {error}") from error
-    model = model.to_empty(device=device or "cpu")
+    model = model.to_empty(device="cpu")
     model.load_state_dict(own)
     return model.eval()
 

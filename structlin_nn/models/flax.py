@@ -13,13 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import torch
 from flax import nnx
 from jax import Array
 
 from structlin_nn import models
 from structlin_nn.flax.linear import Index, StructuredLinear
 from structlin_nn.models import LinearFactory, MLPConfig, StructureConfig, factory
+from structlin_nn.models.networks import pixel_order
 
 __all__ = ["GPT2", "MLP", "MODELS", "ViT", "base_model", "build_model"]
 
@@ -29,21 +29,12 @@ _EPSILON = 1e-5  # torch's, for layer norms
 class _Maker(LinearFactory):
     """Makes the layers of one model as the factory of torch does."""
 
-    def __init__(self, structure: StructureConfig, default_layers: str, **common: Any) -> None:
-        super().__init__(structure, default_layers)
-        self.common = common
+    layer, bias_option = StructuredLinear, "use_bias"
 
-    def __call__(  # type: ignore[override]
-        self, d_in: int, d_out: int, *, role: str = "hidden", bias: bool = True, zero_init: bool = False,
-        gain: bool = True,
-    ) -> StructuredLinear:  # fmt: skip
-        options = {**self.common, **self.layer_options(role, gain)}
-        return StructuredLinear(d_in, d_out, use_bias=bias, zero_init=zero_init, **options)
-
-    def norm(self, size: int, bias: bool = True) -> nnx.LayerNorm:  # type: ignore[override]
+    def norm(self, size: int, bias: bool = True) -> nnx.LayerNorm:
         return nnx.LayerNorm(size, epsilon=_EPSILON, use_bias=bias, use_fast_variance=False, **self.common)
 
-    def embedding(self, count: int, size: int) -> nnx.Embed:  # type: ignore[override]
+    def embedding(self, count: int, size: int) -> nnx.Embed:
         return nnx.Embed(count, size, embedding_init=nnx.initializers.normal(1.0), **self.common)
 
 
@@ -83,10 +74,7 @@ class MLP(factory.MLPParts, _Model):
 
     def make(self, linear: _Maker, config: MLPConfig) -> None:
         """Make the layers, and the fixed order of the pixels."""
-        generator = torch.Generator().manual_seed(models.networks.PERMUTATION_SEED)
-        self.permutation = Index(
-            jnp.asarray(torch.randperm(math.prod(config.input_shape), generator=generator).numpy())
-        )
+        self.permutation = Index(jnp.asarray(pixel_order(math.prod(config.input_shape)).numpy()))
         super().make(linear, config)
 
     def __call__(self, x: Array) -> Array:

@@ -27,12 +27,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Te
 
     The result is that of torch's ``scaled_dot_product_attention``. On a CPU, short sequences of bfloat16 and
     float16 run by :func:`attend_by_products`, which is faster there.
-
-    Examples
-    --------
-    >>> q, k, v = torch.randn(3, 2, 4, 5, 8)
-    >>> attend(q, k, v, causal=True, scale=0.5).shape
-    torch.Size([2, 4, 5, 8])
     """
     half = q.dtype in (torch.bfloat16, torch.float16)
     train = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -82,12 +76,6 @@ class Blocks(nn.ModuleList):
 
     With ``recompute``, the backward pass has only the input of each, and computes the rest again (activation
     checkpointing: Chen et al., *Training Deep Nets with Sublinear Memory Cost*, 2016).
-
-    Examples
-    --------
-    >>> blocks = Blocks([nn.Linear(3, 3), nn.Tanh()])
-    >>> blocks(torch.zeros(2, 3)).shape
-    torch.Size([2, 3])
     """
 
     recompute = False
@@ -113,7 +101,7 @@ class BlockModel(nn.Module):
     def __init__(self, config: Any, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.config = config
-        self.make(LinearFactory(config.structure, self.default_layers, device, dtype), config)
+        self.make(LinearFactory(config.structure, self.default_layers, device=device, dtype=dtype), config)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the inputs of the blocks for the backward pass, and compute the rest again; as in timm."""
@@ -252,9 +240,6 @@ class GPT2(factory.GPT2Parts, BlockModel):
         return torch.zeros(batch, self.config.context, dtype=torch.int64, device=device)
 
 
-PERMUTATION_SEED = 0
-
-
 @dataclass(frozen=True)
 class MLPConfig(Sizes):
     """Sizes of an :class:`MLP`. ``input_shape`` is (channels, height, width); ``expansion`` that of the blocks.
@@ -268,6 +253,11 @@ class MLPConfig(Sizes):
     expansion: int = 4
     bias: bool = True
     structure: StructureConfig = field(default_factory=StructureConfig)
+
+
+def pixel_order(count: int) -> Tensor:
+    """Return the fixed random order of so many pixels, the same for all images and models."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 class MLPBlock(factory.MLPBlockParts, nn.Module):
@@ -297,14 +287,13 @@ class MLP(factory.MLPParts, ImageModel):
     def make(self, linear: LinearFactory, config: MLPConfig) -> None:
         """Make the layers, and the fixed order of the pixels."""
         super().make(linear, config)
-        empty = torch.empty(math.prod(config.input_shape), dtype=torch.int64, device=linear.device)
+        empty = torch.empty(math.prod(config.input_shape), dtype=torch.int64, device=linear.common["device"])
         self.register_buffer("permutation", empty)
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
         """Write the fixed order of the pixels, for example after ``to_empty``."""
-        generator = torch.Generator().manual_seed(PERMUTATION_SEED)
-        self.permutation.copy_(torch.randperm(len(self.permutation), generator=generator, device="cpu"))
+        self.permutation.copy_(pixel_order(len(self.permutation)))
 
     def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits, or (logits, features): the features (batch, width) are what the output layer reads."""
