@@ -228,14 +228,7 @@ class RunConfig:
 
 
 def overrides(kind: type[RunConfig], assignments: Sequence[str]) -> dict[str, Any]:
-    """Return changes of a configuration from words NAME=VALUE; ``options.NAME=VALUE`` is an option of the structure.
-
-    Examples
-    --------
-    >>> from structlin_nn.recipes.cifar import Config
-    >>> overrides(Config, ["lr=1e-3", "structure=monarch", "options.blocks=4"])
-    {'lr': 0.001, 'structure': 'monarch', 'options': {'blocks': 4}}
-    """
+    """Return changes of a configuration from words NAME=VALUE; ``options.NAME=VALUE`` is an option of the structure."""
     known, found = _hints(kind), dict[str, Any]()
     for key, value in assigned(assignments).items():
         name, dot, part = key.partition(".")

@@ -34,11 +34,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def count_run(
     build: Callable[..., nn.Module], config: RunConfig, outputs: int, steps: int, sample: Tensor
 ) -> dict[str, int]:
-    """Return parameters of the model, MACs of one sample, and the size of the run, counted on the meta device.
-
-    ``training_macs`` are those of the forward and the backward pass, without the gradients that no step needs, such as
-    that of the images (`structlin_nn.counting`): between two and three times ``forward_macs``.
-    """
+    """Return parameters, MACs of one sample, and the size of the run, counted on the meta device."""
     with torch.device("meta"):
         model = build(config.replace(recompute=False), outputs)
     try:
