@@ -62,8 +62,7 @@ def decode(raw: bytes, name: str) -> Image.Image:
 class ImageRecipe:
     """Training augmentation of ImageNet; the defaults are those of Compute Better Spent (ICML 2024) for ViT/32.
 
-    timm crops, resizes and flips (by its defaults), jitters and applies RandAugment to each image, in worker processes
-    (`transform`).
+    timm crops, resizes, flips, jitters and applies RandAugment to each image, in worker processes (`transform`).
     On the device, `finish` normalises, erases (by timm), smooths the labels and mixes.
 
     Attributes
@@ -114,7 +113,8 @@ class ImageRecipe:
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """Return timm's transform of an RGB image to uint8 (3, size, size), which draws from global generators."""
         made = _timm("transforms_factory").transforms_imagenet_train(
-            self.size, color_jitter=self.color_jitter or None, auto_augment=self.rand_augment, mean=IMAGENET_MEAN,
+            self.size, scale=augment.CROP_SCALE, ratio=augment.CROP_RATIO, hflip=0.5, interpolation="random",
+            color_jitter=self.color_jitter or None, auto_augment=self.rand_augment, mean=IMAGENET_MEAN,
             use_prefetcher=True,
         )  # fmt: skip
         for step in made.transforms:

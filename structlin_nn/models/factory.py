@@ -131,7 +131,7 @@ class Sizes:
     width: int
 
     def __post_init__(self) -> None:
-        for entry in fields(self):
+        for entry in fields(self):  # their types are strings, by `from __future__ import annotations`
             name, value = entry.name, getattr(self, entry.name)
             if name == "head_dim" and value is None:
                 heads: int = self.heads  # type: ignore[attr-defined]

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +205,8 @@ class TestTraining:
 
         data, made = open_imagenet(image_tree), transforms_factory.transforms_imagenet_train
         whole: dict[str, Any] = {"scale": (1, 1), "ratio": (0.99, 1.01), "hflip": 0.0, "interpolation": "bilinear"}
-        monkeypatch.setattr(transforms_factory, "transforms_imagenet_train", partial(made, **whole))
+        changed = lambda size, **options: made(size, **{**options, **whole})  # noqa: E731
+        monkeypatch.setattr(transforms_factory, "transforms_imagenet_train", changed)
         ((images, labels, keys),) = training(data, 1, recipe=ImageRecipe.plain(size=24), batch_size=18)
         views, _ = PLAIN.finish(images, labels, keys, 3, (0, 0))
         checked = 0
