@@ -10,10 +10,9 @@ from typing import Any
 
 from structlin.planning import check_budget
 from structlin.scaling_laws import LossLaw, PowerLaw
-from structlin_nn._planned import WIDEST, Choice, Costs, nth_width, number_of_factors
+from structlin_nn._planned import WIDEST, Choice, Costs, device_of, nth_width, number_of_factors
 from structlin_nn._text import check_known
 from structlin_nn.counting import Device
-from structlin_nn.counting import device as find_device
 from structlin_nn.planning import parse_structure, plan_model, plan_of
 
 __all__ = ["plan_by_law", "plan_for_error"]
@@ -121,8 +120,7 @@ def plan_by_law(
     check_budget(budget)
     if resource == "run_seconds" and device is None:
         raise ValueError(f"a budget of {resource} needs a device")
-    if isinstance(device, str):
-        device = find_device(device, activation_dtype or dtype)
+    device = device_of(device, activation_dtype or dtype)
     rows = []
     for group, fitted in laws["groups"].items():
         law = LossLaw(**{term: _finite(group, term, value["value"]) for term, value in fitted["terms"].items()})

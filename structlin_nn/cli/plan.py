@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ def _of_model(arguments: argparse.Namespace, budgets: dict[str, list[float]]) ->
 
 
 def _layer(arguments: argparse.Namespace, budgets: dict[str, list[float]]) -> Shown:
-    from structlin.planning import RESOURCES, plan_layer, plan_layers
+    from structlin.planning import RESOURCES, BudgetError, plan_layer, plan_layers
     from structlin_nn.planning import UNITS, parse_structure
 
     if wrong := [*given(arguments, (*OF_MODELS, "depth", "laws", "error"))]:
@@ -156,22 +156,21 @@ def _layer(arguments: argparse.Namespace, budgets: dict[str, list[float]]) -> Sh
     if choices and arguments.structure is None:
         raise ValueError(f"--{next(iter(choices))} of a layer needs --structure")
     settings: dict[str, Any] = {"resource": resource, "dtype": arguments.dtype}
+    errors: dict[str, ValueError] = {}
     if arguments.structure is None:
-        plans, left_out = plan_layers(arguments.shape, amounts[0], **settings)
+        plans, errors = plan_layers(arguments.shape, amounts[0], **settings)
     else:
-        plans, left_out = [], {}
+        plans = []
         for text in arguments.structure:
             name, options = parse_structure(text)
             try:
                 plans.append(plan_layer(name, arguments.shape, amounts[0], given={**options, **choices}, **settings))
-            except ValueError as error:
-                if "needs at least" not in str(error):
-                    raise
-                left_out[text] = str(error)
-    # The messages of structlin name the resource by its argument.
-    left_out = {name: text.replace(f" {resource}, the", f" {UNITS[resource]}, the") for name, text in left_out.items()}
-    if not plans:
-        raise ValueError(_reason(left_out.values()))
+            except BudgetError as error:
+                errors[text] = error
+    for label, problem in errors.items():  # structlin names the resource by its argument
+        if isinstance(problem, BudgetError):
+            errors[label] = BudgetError(problem.what, problem.least, UNITS[resource], problem.budget)
+    left_out = _left_out(plans, errors)
     plans.sort(key=lambda plan: -plan.share)
     record = {"shape": arguments.shape, "resource": resource, "budget": amounts[0], "left_out": left_out}
     rows = [
@@ -186,9 +185,8 @@ def _model(arguments: argparse.Namespace, budgets: dict[str, float], settings: d
     from structlin_nn.planning import best_plan, parse_structure, plan_models
 
     chosen = [parse_structure(text) for text in arguments.structure or STRUCTURES]
-    plans, left_out = plan_models(arguments.name, budgets, chosen, **settings)
-    if not plans:
-        raise ValueError(_reason(left_out.values()))
+    plans, errors = plan_models(arguments.name, budgets, chosen, **settings)
+    left_out = _left_out(plans, errors)
     best = best_plan(plans, arguments.prefer or "spent")
     record = {"model": arguments.name, "budgets": budgets, "plans": [asdict(plan) for plan in plans]}
     columns: dict[str, Callable[[Any], str] | None] = {
@@ -250,9 +248,9 @@ def _table(arguments: argparse.Namespace, resource: str, budgets: list[float], s
 
     chosen = [parse_structure(text) for text in arguments.structure or STRUCTURES]
     rows = iso_table(arguments.name, budgets, chosen, resource=resource, **settings)
-    reasons = dict.fromkeys(text for row in rows for text in row["left_out"].values())
-    if not any(row["plans"] for row in rows):
-        raise ValueError(_reason(reasons))
+    plans = [plan for row in rows for plan in row["plans"].values()]
+    # The same reason at several budgets is shown once.
+    reasons = _left_out(plans, {str(error): error for row in rows for error in row["left_out"].values()})
 
     def cell(plan: Any) -> str:
         if plan is None:
@@ -264,20 +262,30 @@ def _table(arguments: argparse.Namespace, resource: str, budgets: list[float], s
     cells = [(label, *(cell(row["plans"].get(label)) for row in rows)) for label in labels]
     lines = [f"widest model within {resource.replace('_', ' ')}, and its parameters\n"]
     lines += [table(("structure", *(f"{row['budget']:g}" for row in rows)), cells), *reasons]
-    return [row | {"plans": {name: asdict(plan) for name, plan in row["plans"].items()}} for row in rows], lines
+    record = [
+        {
+            "budget": row["budget"], "plans": {name: asdict(plan) for name, plan in row["plans"].items()},
+            "left_out": {name: str(error) for name, error in row["left_out"].items()},
+        }
+        for row in rows
+    ]  # fmt: skip
+    return record, lines
 
 
-def _reason(reasons: Iterable[str]) -> str:
-    """Return why there is no plan, in one sentence about the structure that is nearest to the budget."""
-    from structlin_nn.planning import nearest_reason
+def _left_out(plans: Sequence[Any], errors: Mapping[str, ValueError]) -> dict[str, str]:
+    """Return why structures have no plan; ValueError, about the one that is nearest to the budget, if none has."""
+    from structlin.planning import BudgetError
 
-    different = list(dict.fromkeys(reasons))
-    nearest = nearest_reason(different)
-    if len(different) == 1:
-        return nearest
-    if "needs at least" not in nearest:  # no structure is too large for the budget
-        return f"{nearest}; the other structures have no plan either"
-    return f"none of the structures fits; the nearest: {nearest}"
+    left_out = {name: str(error) for name, error in errors.items()}
+    if plans:
+        return left_out
+    over = [error for error in errors.values() if isinstance(error, BudgetError)]
+    if len({*left_out.values()}) == 1:
+        raise ValueError(next(iter(left_out.values())))
+    if not over:
+        raise ValueError(f"{next(iter(left_out.values()))}; the other structures have no plan either")
+    nearest = min(over, key=lambda error: error.least / error.budget)
+    raise ValueError(f"none of the structures fits; the nearest: {nearest}")
 
 
 def _usual(structure: str, options: dict[str, Any]) -> dict[str, Any]:
