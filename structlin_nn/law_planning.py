@@ -19,7 +19,7 @@ __all__ = ["plan_by_law", "plan_for_error"]
 
 _LAW_COLUMNS = {"forward_macs": "forward_macs", "params": "params", "trainable_params": "params",
                 "training_macs": "training_flops", "total_training_macs": "training_flops"}  # fmt: skip
-_SIZES = {"forward_macs": "forward_macs", "params": "params", "trainable_params": "params"}
+_SIZES = {name: resource for name, resource in _LAW_COLUMNS.items() if resource in ("forward_macs", "params")}
 _BUDGETS = ("run_seconds", "training_flops")
 _GRID = 16  # number of widths on either side of the best one that a refinement tries
 

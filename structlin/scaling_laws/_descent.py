@@ -21,10 +21,9 @@ class Problem:
 
     Parameters
     ----------
-    n, d
-        Logarithms of both sizes minus their means, shape (points,).
-    y
-        Logarithm of the ratio of the loss to the smallest loss, shape (points,).
+    n, d, y
+        Logarithms of both sizes and of the loss, shape (points,). As attributes, they are relative to ``centre``: the
+        means of the sizes, and the smallest loss.
     group
         Index of the group of each point, shape (points,).
     index
@@ -34,13 +33,23 @@ class Problem:
     """
 
     def __init__(self, n: Array, d: Array, y: Array, group: Array, index: Array, delta: float) -> None:
-        self.n, self.d, self.y, self.group, self.index, self.delta = n, d, y, group, index, delta
+        self.centre = n.mean(), d.mean(), y.min()
+        self.n, self.d, self.y = n - self.centre[0], d - self.centre[1], y - self.centre[2]
+        self.group, self.index, self.delta = group, index, delta
         self.size = int(index.max()) + 1
         kinds = np.empty(self.size, dtype=int)
         kinds[index.ravel()] = np.tile(np.arange(5), len(index))
         exponent = np.isin(kinds, (2, 4))
         self.lower = np.where(exponent, 0.0, _LEAST)
-        self.upper = np.where(exponent, MAX_EXPONENT, np.where(kinds == 0, float(y.max()), -_LEAST))
+        self.upper = np.where(exponent, MAX_EXPONENT, np.where(kinds == 0, float(self.y.max()), -_LEAST))
+
+    def natural(self, p: Array) -> Array:
+        """Convert parameters, shape (k, size), to those of the laws, shape (k, groups, 5)."""
+        q = p[:, self.index].copy()
+        q[..., 1] += q[..., 2] * self.centre[0]
+        q[..., 3] += q[..., 4] * self.centre[1]
+        q[..., (0, 1, 3)] += self.centre[2]
+        return q
 
     def logs(self, p: Array) -> tuple[Array, Array, Array]:
         """Return the logarithms of the three terms at every point, for parameters of shape (k, size)."""

@@ -240,7 +240,8 @@ class LossLawFit:
                 kept = np.argsort(np.abs(self.residuals))[self.free_parameters :]
                 moved = math.sqrt(freedom / n) * generator.choice(self.residuals[kept], size=(samples, n))
             ends = problem.solve(start, problem.predicted(self.point[None]) + spread * moved)[0]
-        return LossBootstrap(self, laws_of(self, ends), method, seed)
+        found = problem.natural(ends)
+        return LossBootstrap(self, {name: found[:, k] for k, name in enumerate(self.laws)}, method, seed)
 
 
 @dataclass(frozen=True)
@@ -464,31 +465,16 @@ def fit_loss_law(
         index[:, column] = size + (0 if term in common else np.arange(len(names)))
         size += 1 if term in common else len(names)
     _check_points(names, group, n, d, size, common)
-    centre = centre_of(n, d, y)
-    problem = Problem(np.log(n) - centre[0], np.log(d) - centre[1], np.log(y) - centre[2], group, index, delta)
+    problem = Problem(np.log(n), np.log(d), np.log(y), group, index, delta)
     ends, values = problem.solve(_starts(problem))
     best = int(values.argmin())
     agreement = float((values <= values[best] * (1 + 1e-6) + 1e-24).mean())
     point = ends[best]
-    laws = {name: as_law(row) for name, row in zip(names, natural(problem, point[None], centre)[0], strict=True)}
+    laws = {name: as_law(row) for name, row in zip(names, problem.natural(point[None])[0], strict=True)}
     return LossLawFit(
         laws, common, n, d, y, group, problem.y - problem.predicted(point[None])[0], float(values[best]), delta,
         agreement, _notes(problem, point, names), problem, point,
     )  # fmt: skip
-
-
-def natural(problem: Problem, points: Array, centre: tuple[float, float, float]) -> Array:
-    """Convert parameters of the problem, shape (k, size), to those of the laws, shape (k, groups, 5)."""
-    p = points[:, problem.index].copy()
-    p[..., 1] += p[..., 2] * centre[0]
-    p[..., 3] += p[..., 4] * centre[1]
-    p[..., (0, 1, 3)] += centre[2]
-    return p
-
-
-def centre_of(n: Array, d: Array, y: Array) -> tuple[float, float, float]:
-    """Return the logarithms of sizes and loss at which the problem of a fit is centred."""
-    return np.log(n).mean(), np.log(d).mean(), np.log(y).min()
 
 
 def as_law(row: Array) -> LossLaw:
@@ -555,9 +541,3 @@ def _notes(problem: Problem, point: Array, names: Sequence[str]) -> tuple[str, .
         if row[0] < -12:
             notes.append(f"{where}E vanishes: the points show no irreducible loss")
     return tuple(dict.fromkeys(notes))
-
-
-def laws_of(fit: LossLawFit, draws: Array) -> dict[str, Array]:
-    """Return draws of the parameters as those of the law of each group, shape (samples, 5)."""
-    found = natural(fit.problem, draws, centre_of(fit.params, fit.tokens, fit.loss))
-    return {name: found[:, number] for number, name in enumerate(fit.laws)}
