@@ -44,8 +44,12 @@ class BudgetError(ValueError):
     """
 
     def __init__(self, what: str, least: float, unit: str, budget: float) -> None:
-        super().__init__(f"{what} needs at least {_number(least)} {unit}, the budget is {_number(budget)}")
+        super().__init__(what, least, unit, budget)
         self.what, self.least, self.unit, self.budget = what, least, unit, budget
+
+    def __str__(self) -> str:
+        least, budget = (_number(value, ".4g") for value in (self.least, self.budget))
+        return f"{self.what} needs at least {least} {self.unit}, the budget is {budget}"
 
 
 @dataclass(frozen=True)
@@ -234,8 +238,8 @@ def check_budget(budget: float, name: str = "the budget") -> None:
         raise ValueError(f"{name} must be positive and finite, got {_number(budget)}")
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if 1 <= abs(value) < 1e15 else f"{value:.4g}"
+def _number(value: float, form: str = "g") -> str:
+    return f"{value:,.0f}" if 1 <= abs(value) < 1e15 else f"{value:{form}}"
 
 
 def plan_layers(

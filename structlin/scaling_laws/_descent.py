@@ -19,17 +19,10 @@ class Problem:
     The terms of a point are ``p[index[group]]``, in the order log E, log A, alpha, log B, beta. Both coefficients are
     taken at the geometric mean of the sizes (``centre``), where they are nearly independent of the exponents.
 
-    Parameters
-    ----------
-    n, d, y
-        Logarithms of both sizes and of the loss, shape (points,). As attributes, they are relative to ``centre``: the
-        means of the sizes, and the smallest loss.
-    group
-        Index of the group of each point, shape (points,).
-    index
-        Index of each term in the parameters, shape (groups, 5).
-    delta
-        Threshold of the Huber loss.
+    `n`, `d` and `y` are the logarithms of both sizes and of the loss, and `group` the index of the group of each point,
+    of shape (points,). As attributes, the logarithms are relative to `centre`: the means of the sizes, and the smallest
+    loss. `index` is the index of each term in the parameters, shape (groups, 5), and `delta` the threshold of the Huber
+    loss.
     """
 
     def __init__(self, n: Array, d: Array, y: Array, group: Array, index: Array, delta: float) -> None:
@@ -88,17 +81,8 @@ class Problem:
         The method is iteratively reweighted least squares: damped Gauss-Newton steps on a quadratic upper bound of the
         Huber loss. A step is accepted if the objective decreases. All problems are computed at once.
 
-        Parameters
-        ----------
-        start
-            Initial parameters, shape (k, size).
-        y, weights
-            Data and weights: shape (points,) for all starts, or (k, points).
-
-        Returns
-        -------
-        tuple of Array
-            Parameters and objective, of shapes (k, size) and (k,).
+        `y` and `weights`, of shape (points,) for all starts or (k, points), replace the data and the weights 1. Returns
+        parameters and objective, of shapes (k, size) and (k,).
         """
         k = len(start)
         data = np.broadcast_to(self.y if y is None else y, (k, len(self.y)))
