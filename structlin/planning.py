@@ -289,7 +289,7 @@ def plan_layers(
         try:
             plans.append(plan_layer(name, shape, budget, resource=resource, dtype=dtype))
         except ValueError as error:
-            left_out[name] = error
+            left_out[name] = error.with_traceback(None)  # the frames would be kept too
     return plans, left_out
 
 

@@ -161,6 +161,13 @@ def plan_model(
     **sizes
         Sizes of a named model.
 
+    Raises
+    ------
+    BudgetError
+        If every choice that can be built needs more than the budget.
+    ValueError
+        If an argument is wrong, no choice can be built, or even the largest width fits.
+
     Examples
     --------
     >>> plan = plan_model("cifar-mlp", 5e6, structure="monarch", options={"blocks": 4}, multiple_of=8)
@@ -320,7 +327,7 @@ def plan_models(
         try:
             plans.append(plan_model(name, budget, structure=structure, options=options, **own, **settings))
         except ValueError as error:
-            left_out[_label(structure, options)] = error
+            left_out[_label(structure, options)] = error.with_traceback(None)  # the frames would be kept too
     return plans, left_out
 
 
