@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from structlin.planning import BudgetError
 from structlin_nn._planned import Choice, Costs
 from structlin_nn.cli import main
 from structlin_nn.counting import DEVICES, count, count_model, roofline
@@ -102,7 +103,9 @@ def test_table_of_equal_compute() -> None:
     assert all(0.7 < p.share <= 1 for p in plans)
     plans, left_out = plan_models("cifar-mlp", 5_000, chosen, depth=1)
     assert [p.structure for p in plans] == ["dense"]
-    assert "needs at least" in left_out["block_tensor_train:rank=1"]
+    error = left_out["block_tensor_train:rank=1"]
+    assert isinstance(error, BudgetError)
+    assert error.least > error.budget == 5_000
 
 
 class Exhaustive:

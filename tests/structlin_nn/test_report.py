@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from structlin_nn.cli import main
-from structlin_nn.records import RecordWriter
+from structlin_nn.records import FAILED, RecordWriter
 from structlin_nn.report import report, runs_of
 from structlin_nn.tables import group_rows, read_rows
 
@@ -194,6 +194,23 @@ def test_runs_and_their_rates(runs: Path) -> None:
     assert (earlier.planned, earlier.spent) == (40, 20)
     with pytest.raises(ValueError, match="a report is of run records"):
         runs_of({"a": [{"macs": 1.0}]}, "macs")
+
+
+def test_a_run_without_an_evaluation_is_named_on_the_page(runs: Path) -> None:
+    """Only its header was written, since it failed or was stopped."""
+    header = next(runs.glob("*.jsonl")).read_bytes().split(b"\n")[0] + b"\n"
+    folders = [runs / name for name in ("failed", "stopped")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "record.jsonl").write_bytes(header)
+    (folders[0] / FAILED).write_text('{"error": "out of\\nmemory"}')
+    page = Page(report([runs], samples=20))
+    assert len(page.tables["Runs"]) == 8
+    left_out = "left out, since the run {} before its first evaluation: {}"
+    assert left_out.format("failed (out of memory)", folders[0] / "record.jsonl") in page.text
+    assert left_out.format("stopped", folders[1] / "record.jsonl") in page.text
+    with pytest.raises(ValueError, match=r"there is no evaluation yet in .*record\.jsonl"):
+        report(folders, samples=20)
 
 
 class TestCommand:
