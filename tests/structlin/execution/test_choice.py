@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.children import output
 from torch.utils.checkpoint import checkpoint
 
 import structlin as sl
@@ -337,8 +336,7 @@ class TestWisdom:
         asked = problem()
         wisdom.write(asked.key, {"dense": 1.0, "products": 2.0})
         code = f"from structlin.execution import wisdom; print(wisdom.read({asked.key!r}))"
-        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert found.stdout.strip() == str({"dense": 1.0, "products": 2.0})
+        assert output("-c", code).strip() == str({"dense": 1.0, "products": 2.0})
 
     def test_damage_is_seen(self) -> None:
         wisdom.write("a key", {"dense": 1.0})

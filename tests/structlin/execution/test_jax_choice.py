@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 from dataclasses import replace
 
@@ -11,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.children import output
 
 import structlin as sl
 from structlin import execution
@@ -309,7 +308,4 @@ WITHOUT_TORCH = """
 
 
 def test_without_torch() -> None:
-    command = [sys.executable, "-c", textwrap.dedent(WITHOUT_TORCH)]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr[-3000:]
-    assert found.stdout.split()[-1] == "products"
+    assert output("-c", textwrap.dedent(WITHOUT_TORCH)).split()[-1] == "products"
