@@ -17,19 +17,7 @@ from structlin.execution import choice, tuning, wisdom
 from structlin.execution.choice import Problem, Way
 
 STRUCTURE = sl.design("block_tensor_train", (48, 40), rank=2)
-
-
-@pytest.fixture(autouse=True)
-def _own_wisdom(tmp_path, monkeypatch):
-    """No test reads or writes what another one measured."""
-    monkeypatch.setenv("STRUCTLIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("STRUCTLIN_EXECUTION", raising=False)
-    monkeypatch.setattr(wisdom, "_MEMORY", {})
-    monkeypatch.setattr(choice, "_pinned", {})
-    monkeypatch.setattr(choice, "_made", {})
-    choice.forget()
-    yield
-    choice.forget()
+pytestmark = pytest.mark.usefixtures("own_wisdom")
 
 
 def problem(tokens: int = 64, train: bool = False, dtype: str = "float32", structure=STRUCTURE) -> Problem:

@@ -1,11 +1,10 @@
 """Kernels in Triton: in the interpreter against float64, and compiled for devices that are not here."""
 
-import importlib.util
+import importlib
 import math
 import multiprocessing
 import os
 import random
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -305,15 +304,7 @@ class TestInterpreter:
 def kernels() -> Any:
     if not fused.has_triton():
         pytest.skip(WITHOUT)
-    path = Path(__file__).parents[3] / "docs" / "gpu_kernels.py"
-    spec = importlib.util.spec_from_file_location("gpu_kernels", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_kernels"] = module
-    spec.loader.exec_module(module)
-    yield module
-    sys.modules.pop("gpu_kernels")
+    return importlib.import_module("gpu_kernels")
 
 
 @pytest.mark.slow

@@ -25,18 +25,10 @@ NAMES = [way.name for way in choice.ways("jax")]
 
 
 @pytest.fixture(autouse=True)
-def _own_wisdom(tmp_path, monkeypatch):
-    """No test reads or writes what another one measured, and estimates are of an invented machine."""
-    monkeypatch.setenv("STRUCTLIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("STRUCTLIN_EXECUTION", raising=False)
-    monkeypatch.setattr(wisdom, "_MEMORY", {})
-    monkeypatch.setattr(choice, "_pinned", {})
-    monkeypatch.setattr(choice, "_made", {})
+def _invented_machine(own_wisdom, monkeypatch):
+    """Estimates are of an invented machine."""
     monkeypatch.setattr(models, "rates", lambda *_: INVENTED)
     monkeypatch.setattr(jax_ways, "_calibrated", lambda *_: {})
-    choice.forget()
-    yield
-    choice.forget()
 
 
 @pytest.fixture
