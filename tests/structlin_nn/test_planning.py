@@ -348,10 +348,7 @@ def test_structures_as_text() -> None:
         ({"name": "nowhere:model"}, "nowhere:model cannot be imported"),
         ({"name": "math:pi"}, "math:pi must be a function of a width"),
         ({"name": "math:sqrt", "depth": None, "heads": 2}, "'heads' is a size of named models"),
-        (
-            {"budget": 10},
-            "cifar-mlp with dense needs at least 3,106 MACs of the forward pass, the budget is 10",
-        ),
+        ({"budget": 10}, "cifar-mlp with dense needs at least 3,106 MACs of the forward pass, the budget is 10"),
         ({"resource": "training_flops"}, "needs the number of samples"),
         ({"multiple_of": 0}, "multiple_of must be a positive integer, got 0"),
         ({"width": 64}, "at a given width the rank is planned, and dense  leaves none"),
@@ -478,9 +475,8 @@ class TestCommand:
             ),
         ],
     )
-    def test_misuse(self, words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["plan", *words.split()]) == 2
-        out, err = capsys.readouterr()
+    def test_misuse(self, words: str, message: str, cli) -> None:
+        out, err = cli("plan", *words.split(), code=2)
         assert message in err
         assert out == ""
         assert err.count("\n") == 1

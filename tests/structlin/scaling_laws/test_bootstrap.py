@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from helpers.refusals import refused
 from scipy import stats
 
 from structlin.scaling_laws import (
@@ -119,14 +120,10 @@ def test_refused() -> None:
     with pytest.raises(ValueError, match="2 parameters needs more points than that, got 2; add points"):
         fit.bootstrap()
     fit = fit_power_law([1, 10, 100], [1, 0.5, 0.3])
-    with pytest.raises(ValueError, match="unknown method 'wild'; one of parametric, residuals, cases"):
-        fit.bootstrap(method="wild")
-    with pytest.raises(ValueError, match="samples must be an integer of at least 2, got 1"):
-        fit.bootstrap(1)
-    with pytest.raises(ValueError, match=r"confidence must be between 0 and 1, got 95"):
-        fit.bootstrap(5).exponent(95)
-    with pytest.raises(ValueError, match="same number of draws, got 5 and 6"):
-        compare_exponents(fit.bootstrap(5), fit.bootstrap(6))
+    refused(ValueError, "unknown method 'wild'; one of parametric, residuals, cases", fit.bootstrap, method="wild")
+    refused(ValueError, "samples must be an integer of at least 2, got 1", fit.bootstrap, 1)
+    refused(ValueError, r"confidence must be between 0 and 1, got 95", fit.bootstrap(5).exponent, 95)
+    refused(ValueError, "same number of draws, got 5 and 6", compare_exponents, fit.bootstrap(5), fit.bootstrap(6))
 
 
 def test_estimate() -> None:
