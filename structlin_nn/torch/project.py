@@ -267,16 +267,16 @@ def _chosen(
     owners = _owners(model)
     chosen, skipped, errors = {}, [], []
     for linear, names in selection.items():
-        others = others_of(linear, names, owners)
-        if others and not tied:
-            skipped.append((names[0], f"tied to {', '.join(others)}"))
-            continue
         try:
             _check_is_called(model, names, linear)
-            chosen[linear] = names
         except ValueError as error:
             errors.append(error)
             skipped.append((names[0], str(error)))
+            continue
+        if (others := others_of(linear, names, owners)) and not tied:
+            skipped.append((names[0], f"tied to {', '.join(others)}"))
+            continue
+        chosen[linear] = names
     if not chosen and errors:
         raise errors[0]
     if not chosen:

@@ -167,7 +167,7 @@ class TestOwnModels:
             ("no_such_module:mlp", "no_such_module:mlp cannot be imported"),
             ("my_models:", "given as package.module:function, got 'my_models:'"),
             ("my_models:number", "must be a function of a width, got 3"),
-            ("my_models:no_model", "must return a torch module or .module, inputs., got 16"),
+            ("my_models:no_model", "must return a torch module or .module, inputs., got int$"),
         ],
     )
     def test_paths(self, own: str, path: str, message: str) -> None:

@@ -31,6 +31,23 @@ def test_a_model_of_transformers(capsys):
     assert found["layers"][0]["params_after"] == 2 * (32 + 32)
 
 
+@pytest.mark.parametrize("form", ["type", "folder"])
+def test_unknown_options_of_a_configuration(form, tmp_path, misuse):
+    """A configuration of transformers stores any name, so that a misspelt size would change nothing."""
+    transformers = pytest.importorskip("transformers")
+    name = "gpt2"
+    if form == "folder":
+        transformers.GPT2Config(n_layer=1).save_pretrained(tmp_path)
+        name = str(tmp_path)
+    with pytest.raises(ValueError, match=r"has no 'n_layers' \(did you mean n_layer\?\)"):
+        open_named(f"hf:{name}", n_layers=1)
+    for known in ({"n_layer": 1}, {"num_hidden_layers": 1}, {"n_layer": 1, "attn_implementation": "eager"}):
+        model = open_named(f"hf:{name}", n_embd=32, n_head=2, vocab_size=48, **known)
+        assert len(model.transformer.h) == 1
+    wrong = "check-scale hf:gpt2 --width-option n_embed --base-width 64 --widths 64,128"
+    assert "has no 'n_embed' (did you mean n_embd?)" in misuse(wrong)
+
+
 def test_a_model_of_timm(cli):
     pytest.importorskip("timm")
     options = ["--layers", "*.fc1", "--model-option", "depth=1"]
