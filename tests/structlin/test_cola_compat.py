@@ -299,10 +299,8 @@ def concatenated():
     for backend in ("torch", "jax"):
         make = MAKE[backend]
         A, B, C = (Dense(make(x)) for x in (a, b, c))
-        for op, want in [
-            (Concatenated(A, B), np.concatenate([a, b])),
-            (Concatenated(A, C, axis=1), np.concatenate([a, c], 1)),
-        ]:
+        columns = Concatenated(A, C, axis=1), np.concatenate([a, c], 1)
+        for op, want in (columns, (Concatenated(A, B), np.concatenate([a, b]))):
             assert tuple(op.shape) == want.shape
             same(op.to_dense(), want)
             same(op.T.to_dense(), want.T)
@@ -426,15 +424,19 @@ def complex_transpose():
 @defect("gradient")
 def scalar_gradient():
     a, _, A, _ = pair("torch")
-    for factor, scale in [
-        (1, lambda c: c * A),
-        (1, lambda c: A * c),
-        (1, lambda c: A / (1 / c)),
-        (2, lambda c: c * (2 * A)),
-    ]:
+    scales = (lambda c: c * A, lambda c: A * c, lambda c: A / (1 / c), lambda c: c * (2 * A))
+    for factor, scale in zip((1, 1, 1, 2), scales, strict=True):
         c = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
         (scale(c) @ torch.ones(3, dtype=torch.float64)).sum().backward()
         same(c.grad, factor * a.sum())
+
+
+@defect("triangular")
+def triangular_inverse():
+    matrix, x = positive(3), draw(3, 2, dtype="complex128")
+    for inverse in (cola.inv(Dense(torch.tensor(matrix))), cola.inv(PSD(Dense(torch.tensor(matrix))))):
+        same(inverse @ torch.tensor(x), np.linalg.solve(matrix, x))
+        same(torch.tensor(x.T) @ inverse, np.linalg.solve(matrix, x).T)
 
 
 @defect("reciprocal")
