@@ -77,14 +77,15 @@ class Function:
     thin: Callable[[Array], Array] | None = None
     kink: Any = None
 
-    def shifted(self, c: Any) -> Function:
-        """Return the function ``x -> f(x + c)``."""
+    def shifted(self, c: Any, real: bool) -> Function:
+        """Return the function ``x -> f(x + c)``; ``real``: c is real."""
 
         def values(x: Array) -> Array:
             return self.values(x + c)
 
         kink = None if self.kink is None else self.kink - c
-        return replace(self, values=values, matrix=None, host=None, at_zero=None, thin=None, kink=kink)
+        real = real and self.real
+        return replace(self, values=values, real=real, matrix=None, host=None, at_zero=None, thin=None, kink=kink)
 
     def finite(self, values: Array) -> Array:
         """Return f(values); ArithmeticError if it is not finite, such as the logarithm of zero."""
@@ -252,7 +253,7 @@ def _of_shifted(A: Sum, f: Function) -> LinearOperator | None:
     K, c = without_shift(A)
     if K is None or c is None:
         return None
-    g = f.shifted(c)
+    g = f.shifted(c, real="complex" not in str(A.dtype))
     if A.isa(PSD):  # K need not be positive; the sum is
         g = replace(g, values=lambda x: f.values(positive_part(lapack(x).real(x + c))), real=True)
     K = SelfAdjoint(K) if A.isa(SelfAdjoint) else K
