@@ -231,8 +231,7 @@ def row():
 @defect("slicing")
 def index_array():
     for backend in ("torch", "jax"):
-        make = MAKE[backend]
-        a = draw(4, 3)
+        make, a = MAKE[backend], draw(4, 3)
         A = Dense(make(a))
         rows, columns = [2, 0, 3], [1, 2]
         for indices in (np.ix_(rows, columns), (make(rows)[:, None], make(columns)[None])):
