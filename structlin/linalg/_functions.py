@@ -34,7 +34,7 @@ from cola.ops import Kronecker as ColaKronecker
 from structlin import _spectra as spectra
 from structlin._arrays import Array, backend_of, to_backend
 from structlin._cola_compat import rule
-from structlin._lapack import eps, follows, is_known, known, lapack, nan_unless, not_positive, require_precision
+from structlin._lapack import eps, follows, is_known, known, lapack, nan_unless, require_precision
 from structlin.algebra import kronecker
 from structlin.linalg import _defective as defective
 from structlin.linalg._common import (
@@ -204,17 +204,8 @@ def positive_part(values: Array) -> Array:
 
     LinAlgError, or NaN under tracing, if one is more negative.
     """
-    xp = lapack(values)
-    fixed = xp.stop_gradient(values)
-    least, most = fixed.min(), xp.max(xp.abs(fixed))
-    bound = -10 * values.shape[-1] * eps(values.dtype)
-    low, high = known(least), known(most)
-    clamped = xp.where(values < 0, values * 0, values)
-    if low is None or high is None:
-        return clamped + nan_unless(least >= bound * most, values)
-    if low < bound * high:
-        raise not_positive(f"a matrix with an eigenvalue of {low:.1e} (the largest is {high:.1e})")
-    return clamped
+    values = spectra.require_positive(values)
+    return lapack(values).where(values < 0, values * 0, values)
 
 
 def evaluate(A: LinearOperator, f: Function) -> LinearOperator:
