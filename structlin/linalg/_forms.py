@@ -130,8 +130,7 @@ def members(A: LinearOperator) -> Members | None:
         if inner is None:
             return None
         matrices = _in_dtype_of(A, inner.matrices)
-        total = inner.shift + as_array(shift, matrices[0])
-        return Members(matrices, inner.add, lapack(total).real(total) if A.isa(SelfAdjoint) else total)
+        return Members(matrices, inner.add, _shift_of(A, inner.shift + as_array(shift, matrices[0])))
     if isinstance(A, ColaKronecker | KronSum):
         if len(A.Ms) < 2 or not all(M.shape[0] == M.shape[1] and fits_dense(M) for M in A.Ms):
             return None
@@ -147,7 +146,11 @@ def _scaled(found: Members, c: Any, A: LinearOperator) -> Members:
     matrices = _in_dtype_of(A, found.matrices)
     c = as_array(c, matrices[0])
     scaled = [m * c if found.add or not i else m for i, m in enumerate(matrices)]
-    return Members(tuple(scaled), found.add, found.shift * c)
+    return Members(tuple(scaled), found.add, _shift_of(A, found.shift * c))
+
+
+def _shift_of(A: LinearOperator, shift: Array) -> Array:
+    return lapack(shift).real(shift) if A.isa(SelfAdjoint) else shift
 
 
 def _in_dtype_of(A: LinearOperator, matrices: Sequence[Array]) -> tuple[Array, ...]:

@@ -83,7 +83,7 @@ def test_decompositions_of_a_symmetric_and_a_hermitian_member(kind, backend):
     make = MAKE[backend]
     members = (sl.Dense(make(hermitian(real))), sl.Dense(make(hermitian(turned))))
     A = cola.SelfAdjoint(kind(*members))
-    A = cola.SelfAdjoint(A + (0.5 + 0j) * I_like(A))
+    A = 2.0 * cola.SelfAdjoint(A + (0.5 + 0j) * I_like(A))
     dense = to_numpy(A.to_dense())
     values, vectors = linalg.eigsh(A, 6)
     assert "complex" not in str(values.dtype)
