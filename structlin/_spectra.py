@@ -45,13 +45,18 @@ def decompose(matrices: Array, hermitian: bool) -> Decomposition | None:
     """Return the decomposition; None if the vectors do not reproduce a (defective) matrix, or NaN for traced values."""
     xp = lapack(matrices)
     fixed = xp.stop_gradient(matrices)
-    followed = follows(matrices)
     if hermitian:
         values, vectors = xp.eigh(fixed)
-        return Decomposition(matrices, values, vectors, xp.conj(vectors).swapaxes(-1, -2), followed)
+        return Decomposition(matrices, values, vectors, xp.conj(vectors).swapaxes(-1, -2), follows(matrices))
     shift, rest = _shifted(fixed)
     values, vectors = xp.eig(rest)
-    values = values + shift
+    return reproducing(matrices, values + shift, vectors)
+
+
+def reproducing(matrices: Array, values: Array, vectors: Array) -> Decomposition | None:
+    """Return the decomposition with given eigenvalues and vectors, as :func:`decompose` does."""
+    xp = lapack(matrices)
+    fixed = xp.stop_gradient(matrices)
     with np.errstate(all="ignore"):
         try:
             inverse = xp.inv(vectors)
@@ -68,7 +73,35 @@ def decompose(matrices: Array, hermitian: bool) -> Decomposition | None:
         values = values + nan_unless(square <= bound, values)[..., None]
     elif not worst <= bound:
         return None
-    return Decomposition(matrices, values, vectors, inverse, followed)
+    return Decomposition(matrices, values, vectors, inverse, follows(matrices))
+
+
+def eigenvalues(matrix: Array) -> Array | None:
+    """Return the eigenvalues with the derivatives of the library.
+
+    Those of a defective matrix have no derivative: None, or a derivative of NaN for traced values, if one may be
+    needed.
+    """
+    xp = lapack(matrix)
+    if not follows(matrix):
+        return xp.eig(matrix)[0]
+    if backend_of(matrix) == "torch":
+        values, vectors = xp.eig(matrix)
+        constant = values.detach(), vectors.detach()
+    else:  # jax differentiates eigenvalues that it computes without the eigenvectors
+        values = sys.modules["jax"].numpy.linalg.eigvals(matrix)
+        constant = xp.eig(xp.stop_gradient(matrix))
+    found = reproducing(matrix, *constant)
+    if found is None:
+        return None
+    good = abs(found.values).sum() >= 0  # False for NaN
+    if known(good) is not None:
+        return values
+    if backend_of(matrix) == "jax":  # which computes the eigenvectors only for the derivative
+        return values + xp.diagonal(first_order(found, diagonal_matrices(0 * found.values)))
+    # The square root of 0 has the derivative NaN here, and the square root of the constant 1 has the derivative 0.
+    zero, one = xp.real(matrix - xp.stop_gradient(matrix)).sum(), xp.where(good, 1.0, 0.0)
+    return values + (xp.sqrt(xp.where(good, zero * 0 + 1, zero**2)) - one)
 
 
 def require_positive(values: Array, positive: bool = True) -> Array:

@@ -59,6 +59,8 @@ Numbers (`structlin._cola_compat._values`): wrong results without an error
                         taken for PSD, ``Stiefel.T`` stays Stiefel. [annotations]
     transpose           ``SelfAdjoint(A).T`` is ``A`` also where A is complex. [complex_transpose]
     gradient            on torch, the gradient through a tensor c in ``c * A`` is lost. [scalar_gradient]
+    triangular          on torch, the inverse by LU or Cholesky casts what it multiplies to its own dtype, and drops
+                        imaginary parts. [triangular_inverse]
     reciprocal          ``c / A`` returns ``A / c``. [reciprocal]
     sum_dtype           a sum has the dtype of its first term. [sum_dtype]
 """

@@ -23,7 +23,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from structlin._cola_compat._repair import Repair, implementation, in_library, is_original, replacing, rule
-from structlin._lapack import lapack
+from structlin._lapack import lapack, promoted
 
 # -- log determinants ----------------------------------------------------------------------------------------------
 
@@ -187,6 +187,11 @@ def _array(arr: Any, dtype: Any = None, device: Any = None) -> Any:
     return torch.tensor(arr, dtype=dtype, device=device)
 
 
+def _solvetri(matrix: Any, rhs: Any, lower: bool = True) -> Any:
+    # torch.linalg.solve_triangular, unlike torch.linalg.solve, casts the right-hand side to the dtype of the matrix.
+    return sys.modules["torch"].linalg.solve_triangular(*promoted(matrix, rhs), upper=not lower)
+
+
 def _rtruediv(self: LinearOperator, c: Any) -> Any:
     """Raise an error, because ``c / A`` is not defined."""
     raise TypeError("cannot divide by an operator; write c * cola.inv(A)")
@@ -217,6 +222,7 @@ VALUES = (
     Repair("annotations", _annotations_are_broken, _repair_annotations),
     Repair("transpose", _transpose_is_broken, _repair_transpose),
     in_library("gradient", "torch", "array", _array),
+    in_library("triangular", "torch", "solvetri", _solvetri),
     replacing("reciprocal", (LinearOperator, "__rtruediv__", _rtruediv)),
     replacing("sum_dtype", (Sum, "__init__", _sum_init)),
 )

@@ -1,7 +1,8 @@
 """The logarithm and powers of matrices that may be defective, by the Schur decompositions of SciPy, verified.
 
 A result is NaN unless it stays the same, to a hundredth of its largest entry, if each entry of the matrix changes by
-one roundoff of the dtype in which the matrix was given. Both are computed in double precision, for a balanced matrix.
+one roundoff of the dtype in which the matrix was given. A logarithm may also change by roundoff, as that of 1 does.
+Both are computed in double precision, for a balanced matrix.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ Matrix = np.ndarray
 
 def logarithm(matrix: Matrix, dtype: Any) -> Matrix:
     """Return the principal logarithm of a matrix."""
-    return _verified(lambda m: scipy.linalg.logm(m) if _range(m, dtype, 0.0) is None else _nan(m), matrix, dtype)
+
+    def function(matrix: Matrix) -> Matrix:
+        return scipy.linalg.logm(matrix) if _range(matrix, dtype, 0.0) is None else _nan(matrix)
+
+    return _verified(function, matrix, dtype, spectra.ROUNDOFF * eps(dtype))  # roundoff of x changes log x by eps
 
 
 def power(matrix: Matrix, alpha: Any, dtype: Any) -> Matrix:
@@ -34,14 +39,14 @@ def power(matrix: Matrix, alpha: Any, dtype: Any) -> Matrix:
     return _verified(function, matrix, dtype)
 
 
-def _verified(function: Callable[[Matrix], Matrix], matrix: Matrix, dtype: Any) -> Matrix:
+def _verified(function: Callable[[Matrix], Matrix], matrix: Matrix, dtype: Any, floor: float = 0.0) -> Matrix:
     balanced, (scale, _) = scipy.linalg.matrix_balance(matrix, permute=False, separate=True)
     unit = eps(dtype) / eps(matrix.dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # this check replaces the warnings of SciPy
         value = function(balanced)
         others = [function(balanced + unit * spectra.rounding(balanced, seed)) for seed in range(2)]
-    if not all(bool(spectra.is_small(other - value, value)) for other in others):  # False for NaN
+    if not all(bool(spectra.is_small(other - value, value, floor)) for other in others):  # False for NaN
         return _nan(matrix)
     return scale[:, None] * value / scale
 

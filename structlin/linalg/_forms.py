@@ -17,7 +17,7 @@ from cola.ops import Diagonal as ColaDiagonal
 from cola.ops import Kronecker as ColaKronecker
 
 from structlin._arrays import Array, as_array
-from structlin._lapack import lapack
+from structlin._lapack import lapack, promoted
 from structlin.algebra import chains, kronecker, roles
 from structlin.linalg._common import fits_dense
 from structlin.operators import StructuredOperator
@@ -95,12 +95,15 @@ def _thin_product(Ms: Sequence[LinearOperator], limit: int) -> tuple[Array, Arra
         U = M @ U
     for M in right:
         V = V @ M
-    return U, V
+    return promoted(U, V)
 
 
 @dataclass(frozen=True)
 class Members:
-    """``A = kron(matrices) + shift I``, or with ``add`` the Kronecker sum of the matrices."""
+    """``A = kron(matrices) + shift I``, or with ``add`` the Kronecker sum of the matrices.
+
+    All have the dtype of A, or the shift has the real one if A is annotated SelfAdjoint.
+    """
 
     matrices: tuple[Array, ...]
     add: bool
@@ -126,12 +129,12 @@ def members(A: LinearOperator) -> Members | None:
         inner = None if K is None or shift is None else members(K)
         if inner is None:
             return None
-        value = as_array(shift, inner.matrices[0])
-        return Members(inner.matrices, inner.add, inner.shift + value)
+        matrices = _in_dtype_of(A, inner.matrices)
+        return Members(matrices, inner.add, _shift_of(A, inner.shift + as_array(shift, matrices[0])))
     if isinstance(A, ColaKronecker | KronSum):
         if len(A.Ms) < 2 or not all(M.shape[0] == M.shape[1] and fits_dense(M) for M in A.Ms):
             return None
-        return Members(tuple(M.to_dense() for M in A.Ms), isinstance(A, KronSum))
+        return Members(_in_dtype_of(A, [M.to_dense() for M in A.Ms]), isinstance(A, KronSum))
     if isinstance(A, Product):
         c, rest = without_scalars(A)
         inner = None if c is None else members(rest)
@@ -139,13 +142,19 @@ def members(A: LinearOperator) -> Members | None:
     return None
 
 
-def _scaled(found: Members, c: Any, A: LinearOperator) -> Members | None:
-    first = found.matrices[0]
-    if "complex" in str(A.dtype) and not lapack(first).is_complex(first):
-        return None
-    c = as_array(c, first)
-    scaled = [m * c if found.add or not i else m for i, m in enumerate(found.matrices)]
-    return Members(tuple(scaled), found.add, found.shift * c)
+def _scaled(found: Members, c: Any, A: LinearOperator) -> Members:
+    matrices = _in_dtype_of(A, found.matrices)
+    c = as_array(c, matrices[0])
+    scaled = [m * c if found.add or not i else m for i, m in enumerate(matrices)]
+    return Members(tuple(scaled), found.add, _shift_of(A, found.shift * c))
+
+
+def _shift_of(A: LinearOperator, shift: Array) -> Array:
+    return lapack(shift).real(shift) if A.isa(SelfAdjoint) else shift
+
+
+def _in_dtype_of(A: LinearOperator, matrices: Sequence[Array]) -> tuple[Array, ...]:
+    return tuple(lapack(m).astype(m, A.dtype) for m in matrices)
 
 
 def without_shift(A: Sum) -> tuple[LinearOperator | None, Any | None]:

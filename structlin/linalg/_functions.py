@@ -34,7 +34,7 @@ from cola.ops import Kronecker as ColaKronecker
 from structlin import _spectra as spectra
 from structlin._arrays import Array, backend_of, to_backend
 from structlin._cola_compat import rule
-from structlin._lapack import eps, follows, is_known, known, lapack, nan_unless, not_positive, require_precision
+from structlin._lapack import eps, follows, is_known, known, lapack, nan_unless, require_precision
 from structlin.algebra import kronecker
 from structlin.linalg import _defective as defective
 from structlin.linalg._common import (
@@ -77,14 +77,15 @@ class Function:
     thin: Callable[[Array], Array] | None = None
     kink: Any = None
 
-    def shifted(self, c: Any) -> Function:
-        """Return the function ``x -> f(x + c)``."""
+    def shifted(self, c: Any, real: bool) -> Function:
+        """Return the function ``x -> f(x + c)``; ``real``: c is real."""
 
         def values(x: Array) -> Array:
             return self.values(x + c)
 
         kink = None if self.kink is None else self.kink - c
-        return replace(self, values=values, matrix=None, host=None, at_zero=None, thin=None, kink=kink)
+        real = real and self.real
+        return replace(self, values=values, real=real, matrix=None, host=None, at_zero=None, thin=None, kink=kink)
 
     def finite(self, values: Array) -> Array:
         """Return f(values); ArithmeticError if it is not finite, such as the logarithm of zero."""
@@ -203,17 +204,8 @@ def positive_part(values: Array) -> Array:
 
     LinAlgError, or NaN under tracing, if one is more negative.
     """
-    xp = lapack(values)
-    fixed = xp.stop_gradient(values)
-    least, most = fixed.min(), xp.max(xp.abs(fixed))
-    bound = -10 * values.shape[-1] * eps(values.dtype)
-    low, high = known(least), known(most)
-    clamped = xp.where(values < 0, values * 0, values)
-    if low is None or high is None:
-        return clamped + nan_unless(least >= bound * most, values)
-    if low < bound * high:
-        raise not_positive(f"a matrix with an eigenvalue of {low:.1e} (the largest is {high:.1e})")
-    return clamped
+    values = spectra.require_positive(values)
+    return lapack(values).where(values < 0, values * 0, values)
 
 
 def evaluate(A: LinearOperator, f: Function) -> LinearOperator:
@@ -252,7 +244,7 @@ def _of_shifted(A: Sum, f: Function) -> LinearOperator | None:
     K, c = without_shift(A)
     if K is None or c is None:
         return None
-    g = f.shifted(c)
+    g = f.shifted(c, real="complex" not in str(A.dtype))
     if A.isa(PSD):  # K need not be positive; the sum is
         g = replace(g, values=lambda x: f.values(positive_part(lapack(x).real(x + c))), real=True)
     K = SelfAdjoint(K) if A.isa(SelfAdjoint) else K

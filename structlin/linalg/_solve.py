@@ -140,17 +140,19 @@ def _solve(A: LinearOperator, b: Array, alg: Algorithm) -> Array:
 def _in_one_dtype(A: LinearOperator, b: Array) -> tuple[LinearOperator, Array]:
     """Return both in the common dtype of b, of A and of its arrays, in which the solution is accurate.
 
-    They are unchanged if a dtype has half precision, if all arrays of A are indices, and if A holds functions.
+    They are unchanged if a dtype has half precision, and if A holds functions. If A holds no floating arrays, b keeps
+    its dtype, as in ``A @ b``.
     """
     own = dtypes_of(A)
     if own == {b.dtype}:
         return A, b
-    names = {str(dtype).removeprefix("torch.") for dtype in (*own, b.dtype)}
-    if len(names) == 1 or not own or any(map(is_half, names)) or library_of(A.xnp) != backend_of(b):
+    dtypes = (*(own or {A.dtype}), b.dtype)
+    names = {str(dtype).removeprefix("torch.") for dtype in dtypes}
+    if len(names) == 1 or any(map(is_half, names)) or library_of(A.xnp) != backend_of(b):
         return A, b
-    common = reduce(A.xnp.promote_types, (*own, b.dtype))
+    common = reduce(A.xnp.promote_types, dtypes)
     wide = in_dtype(A, common)
-    return (A, b) if wide is None else (wide, A.xnp.cast(b, common))
+    return (A, b) if wide is None else (wide, A.xnp.cast(b, common) if own else b)
 
 
 def _directly(A: LinearOperator, b: Array) -> Array | None:

@@ -105,19 +105,25 @@ def eigen(A: LinearOperator) -> Eigen | None:
 
 
 def slogdet(A: LinearOperator) -> Determinant | None:
-    """Return the determinant of K + c I by eigenvalues alone, whose derivatives exist if they repeat, or None."""
+    """Return the determinant of K + c I by eigenvalues alone, whose derivatives exist if they repeat.
+
+    None for other operators, and if a derivative of a defective member is needed.
+    """
     form = members(A)
     if form is None:
         return None
     views = _on_views(form)
-    return _determinant(A, form) if views is form else Determinant(*as_tensors(*_determinant(A, views)))
+    found = _determinant(A, views)
+    return found if found is None or views is form else Determinant(*as_tensors(*found))
 
 
-def _determinant(A: LinearOperator, form: Members) -> Determinant:
+def _determinant(A: LinearOperator, form: Members) -> Determinant | None:
     xp = lapack(form.matrices[0])
     hermitian = form.hermitian and (A.isa(SelfAdjoint) or is_known(form.matrices[0]))
-    alone = xp.eigvalsh if hermitian else lambda m: xp.eig(m)[0]
-    values = spectra.require_positive(_values(form, list(map(alone, form.matrices))), A.isa(PSD))
+    found = list(map(xp.eigvalsh if hermitian else spectra.eigenvalues, form.matrices))
+    if any(x is None for x in found):
+        return None
+    values = spectra.require_positive(_values(form, found), A.isa(PSD))
     if hermitian and not is_known(form.matrices[0]):
         values = values + nan_unless(_is_hermitian_traced(tuple(map(xp.stop_gradient, form.matrices))), values)
     sign, log = determinant_of_numbers(values)

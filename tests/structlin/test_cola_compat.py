@@ -203,8 +203,7 @@ def row():
 @defect("slicing")
 def index_array():
     for backend in ("torch", "jax"):
-        make = MAKE[backend]
-        a = draw(4, 3)
+        make, a = MAKE[backend], draw(4, 3)
         A = Dense(make(a))
         rows, columns = [2, 0, 3], [1, 2]
         for indices in (np.ix_(rows, columns), (make(rows)[:, None], make(columns)[None])):
@@ -399,6 +398,14 @@ def scalar_gradient():
         c = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
         (scale(c) @ torch.ones(3, dtype=torch.float64)).sum().backward()
         same(c.grad, factor * a.sum())
+
+
+@defect("triangular")
+def triangular_inverse():
+    matrix, x = positive(3), draw(3, 2, dtype="complex128")
+    for inverse in (cola.inv(Dense(torch.tensor(matrix))), cola.inv(PSD(Dense(torch.tensor(matrix))))):
+        same(inverse @ torch.tensor(x), np.linalg.solve(matrix, x))
+        same(torch.tensor(x.T) @ inverse, np.linalg.solve(matrix, x).T)
 
 
 @defect("reciprocal")

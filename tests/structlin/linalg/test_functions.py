@@ -53,6 +53,23 @@ def test_a_defective_eigenvalue_zero_has_no_logarithm_and_no_roots(m, extra, dty
             assert isinstance(caught.value, np.linalg.LinAlgError)
 
 
+@pytest.mark.parametrize("size", [4e-15, 1e-14, 1e-13, 1e-3])
+def test_the_logarithm_of_a_defective_matrix_near_the_identity(size):
+    N = np.diag([1.0, 0.5], 1)
+    found = linalg.logm(sl.Dense(np.eye(3) + size * N)).to_dense()
+    np.testing.assert_allclose(found, size * N - size**2 * N @ N / 2, atol=4e-16)
+
+
+@pytest.mark.parametrize("function", [linalg.sqrtm, linalg.expm, lambda A: linalg.slogdet(A)])
+def test_all_functions_have_one_bound_for_positive_eigenvalues(function):
+    """100 roundoffs of the largest eigenvalue are too many for any number of rows."""
+    n = 64
+    values = np.r_[-100 * np.finfo(float).eps, np.linspace(0.5, 1, n - 1)]
+    A = cola.PSD(sl.Kronecker(np.diag(values), np.eye(2)) + 1e-300 * cola.ops.I_like(sl.Dense(np.eye(2 * n))))
+    with pytest.raises(np.linalg.LinAlgError, match="annotated PSD but is not positive"):
+        function(A)
+
+
 def test_traced_values_without_a_logarithm_are_nan():
     def log(a):
         return linalg.logm(sl.Dense(a)).to_dense()

@@ -221,3 +221,74 @@ def test_structures_without_a_name_differentiate_too():
     b = torch.ones(structure.d_in, dtype=torch.float64)
     assert torch.autograd.gradcheck(solved(make, b), arrays, atol=1e-6)
     assert torch.autograd.gradcheck(determinant(make), arrays, atol=1e-6)
+
+
+JORDAN = np.array([[2.0, 1.0], [0.0, 2.0]])
+MEMBERS = {
+    "kronecker": (structlin.Kronecker, np.kron),
+    "kronecker sum": (
+        lambda a, b: cola.kronsum(structlin.Dense(a), structlin.Dense(b)),
+        lambda a, b: np.kron(a, np.eye(3)) + np.kron(np.eye(2), b),
+    ),
+}
+
+
+def shifted_logdet(name):
+    def logdet(a, b):
+        K = MEMBERS[name][0](a, b)
+        return linalg.logdet(K + 0.7 * cola.ops.I_like(K))
+
+    return logdet
+
+
+def gradients_of_logdet(name, a, b):
+    """The derivatives tr(A^-1 dA) for every entry of the members."""
+    make = MEMBERS[name][1]
+    inverse = np.linalg.inv(make(a, b) + 0.7 * np.eye(6))
+    changes = [[make(a + e, b) - make(a, b) for e in np.eye(4).reshape((4, 2, 2))]]
+    changes.append([make(a, b + e) - make(a, b) for e in np.eye(9).reshape((9, 3, 3))])
+    found = [np.array([np.trace(inverse @ dA) for dA in some]) for some in changes]
+    return [f.reshape(m.shape) for f, m in zip(found, (a, b), strict=True)]
+
+
+@pytest.mark.parametrize("defective", [False, True])
+@pytest.mark.parametrize("name", MEMBERS)
+def test_gradients_of_determinants_with_members_without_annotation(name, defective):
+    a, b = entries([(2, 2), (3, 3)])
+    a = JORDAN if defective else a
+    f, wanted = shifted_logdet(name), gradients_of_logdet(name, a, b)
+    leaves = [torch.tensor(x, requires_grad=True) for x in (a, b)]
+    eager, traced = jax.grad(f, (0, 1)), jax.jit(jax.value_and_grad(f, (0, 1)))
+    value, compiled = traced(jnp.asarray(a), jnp.asarray(b))
+    for found in (
+        torch.autograd.grad(f(*leaves), leaves),
+        torch.func.grad(f, (0, 1))(*map(torch.tensor, (a, b))),
+        eager(jnp.asarray(a), jnp.asarray(b)),
+        *([] if defective else [compiled]),
+    ):
+        for x, want in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(x, want, atol=1e-12)
+    np.testing.assert_allclose(value, np.linalg.slogdet(MEMBERS[name][1](a, b) + 0.7 * np.eye(6))[1], atol=1e-13)
+    if defective:  # the eigenvalues have no derivative, and no other method can be chosen
+        assert np.isnan(compiled[0]).any()
+    else:
+        assert torch.autograd.gradgradcheck(f, leaves)
+
+
+def test_jax_gradients_of_a_likelihood_with_members_without_annotation():
+    a, b, x = entries([(2, 2), (3, 3), (6,)])
+
+    def terms(make):
+        def value(a, b):
+            quadratic, log = linalg.inv_quad_logdet(make(a, b), jnp.asarray(x))
+            return quadratic + log
+
+        return jax.grad(value, (0, 1))(jnp.asarray(a), jnp.asarray(b))
+
+    def shifted(a, b):
+        K = structlin.Kronecker(a, b)
+        return K + 0.7 * cola.ops.I_like(K)
+
+    dense = terms(lambda a, b: structlin.Dense(jnp.kron(a, b) + 0.7 * jnp.eye(6)))
+    for found, want in zip(terms(shifted), dense, strict=True):
+        np.testing.assert_allclose(found, want, rtol=1e-10)

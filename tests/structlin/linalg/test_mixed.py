@@ -93,6 +93,38 @@ def check(name, first, second, right, backend):
     assert np.linalg.norm(to_numpy(x) - wanted) < tolerance * np.linalg.norm(wanted)
 
 
+INDEXED = {
+    "slice of a permutation": lambda P: P[np.ix_([4, 0, 2], [0, 3, 1])],
+    "permutation and identity": lambda P: P + cola.ops.I_like(P),
+    "sum of identities": lambda P: Sum(cola.ops.I_like(P), cola.ops.I_like(P)),
+    "slice of a transform": lambda P: sl.Cosine(5, backend=P.backend, dtype=P.dtype)[:4, :4],
+    "permutation": lambda P: P,
+}
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("backend", MAKE)
+@pytest.mark.parametrize("right", ["float64", "complex128"])
+@pytest.mark.parametrize("own", ["float32", "float64"])
+@pytest.mark.parametrize("name", INDEXED)
+def test_the_solution_with_an_operator_of_indices_is_accurate_in_the_dtype_of_the_right_hand_side(
+    name, own, right, backend
+):
+    make = MAKE[backend]
+    A = INDEXED[name](sl.Permutation(make(np.array([1, 2, 3, 4, 0])), dtype=own))
+    n = A.shape[0]
+    b = RNG.standard_normal((n, 2)).astype(right) * (1 + 2j if right == "complex128" else 1)
+    dense = to_numpy(A @ make(np.eye(n)))
+    wanted = np.linalg.solve(dense, b)
+    answer = sl.linalg.solve(A, make(b), full_output=True)
+    assert answer.verdict is sl.linalg.Verdict.VERIFIED
+    assert str(answer.value.dtype).removeprefix("torch.") == right
+    np.testing.assert_allclose(to_numpy(answer.value), wanted, atol=1e-12)
+    quadratic, log = sl.linalg.inv_quad_logdet(A, make(b[:, 0]))
+    np.testing.assert_allclose(float(quadratic), (b[:, 0].conj() @ wanted[:, 0]).real, rtol=1e-12)
+    np.testing.assert_allclose(float(log), np.linalg.slogdet(dense)[1], atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["kronecker and identity", "low rank", "kronecker of CoLA"])
 def test_gradients_reach_the_narrow_arrays(name):
     b = RNG.standard_normal(20)
