@@ -345,7 +345,8 @@ def _walk(jaxpr: Any) -> JaxCount:
             inside = [_walk(parameters[key]) for key in ("body_jaxpr", "cond_jaxpr")]
             if any(one.products or one.unbounded for one in inside):
                 total.unbounded += (sum(one.macs for one in inside), *inside[0].unbounded, *inside[1].unbounded)
-            _add(total, JaxCount(unknown_ops=inside[0].unknown_ops + inside[1].unknown_ops))
+            for one in inside:
+                _add(total, JaxCount(unknown_ops=one.unknown_ops))
             total.uncounted_ops[name] += 1
         elif name == "cond":
             # Only one branch runs; the one with the most FLOPs is counted.
@@ -353,7 +354,8 @@ def _walk(jaxpr: Any) -> JaxCount:
             dearest = max(branches, key=lambda one: 2 * one.macs + one.other_flops)
             _add(total, dearest)
             for one in branches:
-                _add(total, JaxCount(unknown_ops=one.unknown_ops - dearest.unknown_ops))
+                if one is not dearest:
+                    _add(total, JaxCount(unknown_ops=one.unknown_ops))
         elif name == "custom_linear_solve":
             _add(total, _walk(parameters["jaxprs"].solve))  # the others are its derivatives and checks
         elif inner := list(_inner(parameters)):
@@ -384,7 +386,7 @@ def _inner(parameters: dict[str, Any]) -> Iterator[Any]:
 
 def _is_inexact(leaf: Any) -> bool:
     """Return whether an array or a number is real or complex floating point."""
-    return jax.dtypes.issubdtype(jax.numpy.result_type(leaf), jax.numpy.inexact)
+    return jax.numpy.issubdtype(jax.numpy.result_type(leaf), jax.numpy.inexact)
 
 
 def count(
