@@ -104,7 +104,7 @@ class ModelCount:
     unknown_ops
         Number of calls, forward and backward, of each unknown operation. Their work is missing from all totals.
     param_bytes, trainable_bytes, saved_float_bytes
-        Bytes of ``params``, ``trainable_params`` and ``saved`` in their own dtypes.
+        Bytes of ``params``, ``trainable_params`` and ``saved`` as they are stored, in their own dtypes or quantised.
     dtype
         Name of the parameters' dtype; None for several dtypes or no parameters.
     backward_from, unreached_params

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from structlin._arrays import dtype_name
 from structlin_nn._text import check_integer, occurrences
 from structlin_nn.torch.counting._lists import UnknownOperationError
-from structlin_nn.torch.counting._recorder import OUTSIDE, Recorder
+from structlin_nn.torch.counting._recorder import OUTSIDE, Recorder, inner_tensors
 from structlin_nn.torch.counting._result import ModelCount
 
 
@@ -287,7 +287,9 @@ def _numbers(tensors: Iterable[Tensor]) -> int:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors)
+    """Return the bytes of tensors as they are stored, quantised or sparse ones too; of sharded ones of all shards."""
+    stored = (part for x in tensors for part in ([x] if hasattr(x, "device_mesh") else inner_tensors(x)))
+    return sum(part.numel() * part.element_size() for part in stored)
 
 
 def time_modules(model: nn.Module, *inputs: Any, repeats: int = 5, grad: bool = False, **kwargs: Any) -> ModelCount:

@@ -33,6 +33,10 @@ OTHER_PRIMITIVES = """
     collapse collapse_view convert_element_type copy_strided copy_to device_put erf_inv erfcx iota maximum_value
     minimum_value ndtri rev shift_left shift_right_arithmetic spherical_bessel_j0 split_dim view_of view_of_dtype
     xor_sum zeta
+
+    _low_memory_max_pool_offsets_to_indices _low_memory_max_pool_with_offsets _unsafe_index_put_ fma
+    inductor_cvt_e8m0_rceil inductor_force_stride_order inductor_lookup_seed inductor_rand_eager_offset
+    inductor_rand_eager_offsets inductor_randint inductor_random inductor_seed inductor_seeds prepare_softmax_online
 """
 
 
