@@ -355,7 +355,7 @@ def _walk(jaxpr: Any) -> JaxCount:
             _add(total, dearest)
             for one in branches:
                 if one is not dearest:
-                    _add(total, JaxCount(unknown_ops=one.unknown_ops))
+                    _add(total, JaxCount(unknown_ops=one.unknown_ops, unbounded=one.unbounded))
         elif name == "custom_linear_solve":
             _add(total, _walk(parameters["jaxprs"].solve))  # the others are its derivatives and checks
         elif inner := list(_inner(parameters)):

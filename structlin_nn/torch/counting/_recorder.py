@@ -546,7 +546,10 @@ _CONVOLUTIONS = {
 
 
 class _Functions(TorchFunctionMode):
-    """Counts scaled_dot_product_attention as a whole: what it is made of depends on device and dtype."""
+    """Counts scaled_dot_product_attention as a whole, because what it is made of depends on device and dtype.
+
+    It also marks functions whose operations do not show what they compute: values alone, and complex convolutions.
+    """
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -559,7 +562,7 @@ class _Functions(TorchFunctionMode):
             vectors = torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(args, kwargs))
             with patch.object(recorder, "values_only", not vectors):
                 return func(*args, **kwargs)
-        if func in _CONVOLUTIONS and (args[0] if args else kwargs["input"]).is_complex():
+        if func in _CONVOLUTIONS and any(x.is_complex() for x in _tensors(args, kwargs)):
             following = torch._C._autograd._get_sequence_nr()
             with patch.multiple(recorder, complex_from=following, complex_parts=0):
                 return func(*args, **kwargs)

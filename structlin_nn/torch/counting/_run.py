@@ -275,7 +275,7 @@ def _collected(recorder: Recorder, models: Mapping[str, nn.Module]) -> ModelCoun
         saved_bytes=rest,
         unknown_ops=dict(sorted(recorder.unknown.items())),
         param_bytes=_bytes(parameters),
-        trainable_bytes=_bytes(trainable),
+        trainable_bytes=sum(x.numel() * x.element_size() for x in trainable),
         saved_float_bytes=floating,
         dtype=dtypes.pop() if len(dtypes) == 1 else None,
         modules={**recorder.types, **outside},
