@@ -178,6 +178,9 @@ def test_control_flow() -> None:
 
     assert count(hidden, x, w).unknown_ops == {"pure_callback": 2}, "in a cheaper branch and in a loop"
 
+    two = count(lambda x, w: jax.lax.cond(x.sum() > 0, lambda: until(x, w), lambda: x @ w), x, w)
+    assert (two.macs, two.unbounded) == (step, (step,)), "the loop of the other branch"
+
     @jax.custom_vjp
     def own(x: jax.Array, w: jax.Array) -> jax.Array:
         return x @ w
