@@ -370,9 +370,10 @@ def estimated_error(structure: AbstractStructure, problem: Problem, sweeps: int)
     The error is absolute, as in :class:`Solution`. ``problem`` and errors raised are those of :func:`solve`.
     """
     if isinstance(structure, Structure):
-        chain = Chain.of(structure, problem.wide)
+        wide, shift = problem.wide, _exponent(problem.target)
+        chain = Chain.of(structure, Problem(_shifted(wide.target, -shift), wide.covariance) if shift else wide)
         if chain.covariance is not None and len(chain.network.factors) == 2 and chain.rectangular():
             blocks = BlockFit.of(chain.network, chain.target, chain.covariance, problem.known)
             if blocks is not None:
-                return blocks.error_after(sweeps)
+                return float(np.ldexp(blocks.error_after(sweeps), shift))
     return solve(structure, problem, Settings(restarts=0, max_sweeps=sweeps)).error

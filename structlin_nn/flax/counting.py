@@ -178,9 +178,19 @@ def _ragged(inputs: Shapes, outputs: Shapes, p: Parameters) -> int:
 
 
 def _convolution(inputs: Shapes, outputs: Shapes, p: Parameters) -> int:
-    """Count a convolution: each output element multiplies one kernel over the channels of its group, with zeros."""
-    layout = p["dimension_numbers"].rhs_spec  # (features out, features in, spatial...)
-    return prod(outputs[0]) * prod(inputs[1][axis] for axis in layout[1:])
+    """Count one kernel for each element of the input or of the result, whichever is shorter.
+
+    Padding counts up to there. The zeros that strides insert into the input of a transposed convolution, or of the
+    gradient of a strided one, do not.
+    """
+    (x, kernel), (y,), numbers = inputs, outputs, p["dimension_numbers"]
+    macs = y[numbers.out_spec[0]] * y[numbers.out_spec[1]] * kernel[numbers.rhs_spec[1]]
+    # The gradient of a kernel sums over the batch, as if these were channels; its result takes the place of the kernel.
+    swapped = numbers.lhs_spec[0] > numbers.lhs_spec[1]
+    for axes in zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], numbers.out_spec[2:], strict=True):
+        length, size, positions = (shape[axis] for shape, axis in zip((x, kernel, y), axes, strict=True))
+        macs *= positions * min(length, size) if swapped else size * min(length, positions)
+    return macs
 
 
 def _scores(inputs: Shapes, p: Parameters) -> int:
@@ -335,10 +345,17 @@ def _walk(jaxpr: Any) -> JaxCount:
             inside = [_walk(parameters[key]) for key in ("body_jaxpr", "cond_jaxpr")]
             if any(one.products or one.unbounded for one in inside):
                 total.unbounded += (sum(one.macs for one in inside), *inside[0].unbounded, *inside[1].unbounded)
+            for one in inside:
+                _add(total, JaxCount(unknown_ops=one.unknown_ops))
             total.uncounted_ops[name] += 1
         elif name == "cond":
-            # Only one branch runs; the one with the most MACs is counted.
-            _add(total, max(map(_walk, parameters["branches"]), key=lambda one: one.macs))
+            # Only one branch runs; the one with the most FLOPs is counted.
+            branches = [_walk(branch) for branch in parameters["branches"]]
+            dearest = max(branches, key=lambda one: 2 * one.macs + one.other_flops)
+            _add(total, dearest)
+            for one in branches:
+                if one is not dearest:
+                    _add(total, JaxCount(unknown_ops=one.unknown_ops, unbounded=one.unbounded))
         elif name == "custom_linear_solve":
             _add(total, _walk(parameters["jaxprs"].solve))  # the others are its derivatives and checks
         elif inner := list(_inner(parameters)):
@@ -367,6 +384,11 @@ def _inner(parameters: dict[str, Any]) -> Iterator[Any]:
         yield from (item for item in items if isinstance(item, core.ClosedJaxpr | core.Jaxpr))
 
 
+def _is_inexact(leaf: Any) -> bool:
+    """Return whether an array or a number is real or complex floating point."""
+    return jax.numpy.issubdtype(jax.numpy.result_type(leaf), jax.numpy.inexact)
+
+
 def count(
     model: Callable[..., Any], *inputs: Any, training: bool = False, strict: bool = False, **keywords: Any
 ) -> JaxCount:
@@ -379,8 +401,9 @@ def count(
     *inputs, **keywords
         Arrays or ``jax.ShapeDtypeStruct``. Nothing is computed.
     training
-        Also count the gradient of the sum of the results with respect to the parameters of a module, or to all floating
-        inputs of a function. Products that the backward pass computes again count again.
+        Also count the gradient of the sum of the floating results (of their real parts) with respect to the floating
+        parameters of a module, or to all floating inputs of a function. Without any, the gradient costs nothing.
+        Products that the backward pass computes again count again.
     strict
         Raise an error for a primitive of unknown cost.
 
@@ -394,8 +417,7 @@ def count(
     """
     if not callable(model):
         raise TypeError(f"model must be an nnx.Module or a function, got {model!r}")
-    params, call, arguments = 0, model, inputs
-    wanted: tuple[int, ...] = (0,)
+    params, call, tree = 0, model, (inputs, keywords)
     if isinstance(model, nnx.Module):
         split: Any = nnx.split(model, nnx.Param, ...)
         graph, state, rest = split
@@ -404,18 +426,25 @@ def count(
         def call(state: Any, rest: Any, *inputs: Any, **keywords: Any) -> Any:
             return nnx.merge(graph, state, rest)(*inputs, **keywords)
 
-        arguments = (state, rest, *inputs)
-    else:
-        kinds = [[jax.numpy.result_type(leaf) for leaf in jax.tree.leaves(x)] for x in inputs]
-        wanted = tuple(n for n, own in enumerate(kinds) if all(jax.numpy.issubdtype(k, jax.numpy.inexact) for k in own))
+        tree = (state, rest, *inputs), keywords
+    leaves, structure = jax.tree.flatten(tree)
+    # The parameters are the first leaves of a module.
+    among = leaves if call is model else leaves[: len(jax.tree.leaves(state))]
+    wanted = [number for number, leaf in enumerate(among) if _is_inexact(leaf)]
 
-    def loss(*arguments: Any, **keywords: Any) -> Any:
-        return sum(leaf.sum() for leaf in jax.tree.leaves(call(*arguments, **keywords)))
+    def forward(*leaves: Any) -> Any:
+        arguments, keywords = jax.tree.unflatten(structure, leaves)  # a Variable belongs to the trace that makes it
+        return call(*arguments, **keywords)
+
+    def loss(*leaves: Any) -> Any:
+        results = [leaf for leaf in jax.tree.leaves(forward(*leaves)) if _is_inexact(leaf)]
+        return sum((jax.numpy.sum(leaf).real for leaf in results), start=jax.numpy.zeros(()))
 
     with as_chains():
-        counted = _walk(jax.make_jaxpr(call)(*arguments, **keywords).jaxpr)
+        counted = _walk(jax.make_jaxpr(forward)(*leaves).jaxpr)
         if training:
-            both = _walk(jax.make_jaxpr(jax.value_and_grad(loss, argnums=wanted))(*arguments, **keywords).jaxpr)
+            step = jax.value_and_grad(loss, argnums=wanted) if wanted else loss
+            both = _walk(jax.make_jaxpr(step)(*leaves).jaxpr)
             counted.training_macs, counted.training_other_flops = both.macs, both.other_flops
             counted.unknown_ops = {**both.unknown_ops, **counted.unknown_ops}
     counted.params = params

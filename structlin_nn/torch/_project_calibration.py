@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -27,35 +29,57 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 
 class Moments:
-    """``E[x x^H]`` of the input vectors x of a layer, summed in float64 (float32 on devices without float64)."""
+    """``E[x x^H]`` of the input vectors x of a layer, summed in float64.
+
+    Inputs in half precision, and those on devices without float64, are scaled and multiplied in float32.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.vectors = 0
+        self.peak = 0.0  # the largest entry of a vector
         self.total: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
         """Add all vectors of ``x``, of shape (..., d_in); ValueError if a value is not finite."""
         x = x.detach().reshape(-1, x.shape[-1])
-        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        product = x.mT @ x.conj()
-        if not torch.isfinite(product).all():
+        peak = float(torch.linalg.vector_norm(x, math.inf)) if x.numel() else 0.0
+        if not math.isfinite(peak):
             raise ValueError(f"with the calibration data the inputs of layer {self.name!r} are not finite")
-        if product.device.type != "mps":
-            product = product.to(torch.complex128 if product.is_complex() else torch.float64)
-        self.total = product if self.total is None else self.total.add_(product)
         self.vectors += len(x)
-
-    @property
-    def empty(self) -> bool:
-        """Whether there are no vectors other than 0."""
-        return self.total is None or not self.total.diagonal().real.sum() > 0
+        self.peak = max(self.peak, peak)
+        if not peak:
+            return
+        single, double = _COMPLEX if x.is_complex() else _REAL
+        lacking = x.device.type == "mps"
+        if lacking or x.element_size() < single.itemsize:
+            # In float32 products of half precision are exact, and many GPUs are slow in float64.
+            unit = 2.0 ** (math.frexp(peak)[1] - 1)
+            x = x.to(single) / unit
+            product = x.mT @ x.conj()
+            product = (product.cpu() if lacking else product).to(double).mul_(unit * unit)
+        else:
+            x = x.to(double)
+            product = x.mT @ x.conj()
+        self.total = product if self.total is None else self.total.add_(product)
 
     def over(self, vectors: int) -> Tensor:
-        """Return the sum divided by a number, (d_in, d_in) in float64 or complex128 on the CPU."""
+        """Return the sum divided by a number, (d_in, d_in) in float64 or complex128 on the CPU.
+
+        ValueError if it overflows or underflows.
+        """
         assert self.total is not None
         total = self.total.cpu()
-        return total.to(torch.complex128 if total.is_complex() else torch.float64) / vectors
+        trace = float(total.diagonal().real.sum())
+        if not sys.float_info.min / sys.float_info.epsilon < trace < math.inf:
+            raise ValueError(
+                f"with the calibration data the squares of the inputs of layer {self.name!r} overflow or underflow "
+                f"float64: their largest entry is {self.peak:.3g}; scale the data"
+            )
+        return total / vectors
+
+
+_REAL, _COMPLEX = (torch.float32, torch.float64), (torch.complex64, torch.complex128)
 
 
 class _ReadWeights(TorchFunctionMode):
@@ -128,14 +152,14 @@ def gather(
         raise ValueError(f"the calibration data do not reach {listed(missing)}; exclude these layers")
     result = {}
     for layer, own in found.items():
-        vectors, others = sum(one.vectors for one in own), [str(e) for e, one in enumerate(own) if one.empty]
+        vectors, others = sum(one.vectors for one in own), [str(e) for e, one in enumerate(own) if not one.peak]
         if len(others) == len(own):
             raise ValueError(f"with the calibration data all inputs of layer {layers[layer]!r} are 0; exclude it")
         if num_experts(layer) is None:
             result[layer] = own[0].over(vectors)
             continue
-        mean: Any = sum(one.over(vectors) for one in own if not one.empty)
-        result[layer] = torch.stack([mean / vectors if one.empty else one.over(vectors) for one in own])
+        mean: Any = sum(one.over(vectors) for one in own if one.peak)
+        result[layer] = torch.stack([mean / vectors if not one.peak else one.over(vectors) for one in own])
         if others and notes is not None:
             what = f"expert{'s' * (len(others) > 1)} {listed(others)}"
             notes[f"{layers[layer]}: the calibration data have no input other than 0 for {what}; the second moments "

@@ -160,6 +160,7 @@ class Forms:
         closed form the ranks grow by factors of 1.5, and a few sweeps compute each form.
         """
         scales = np.array([problem.norm(problem.target) for problem in problems])
+        scales /= scales.max() or 1.0  # their squares could overflow or underflow
         whole = np.linalg.norm(scales) or 1.0
         errors = self._spectrum(problems)
         numbers = range(len(self)) if errors is not None else self._spread()

@@ -18,7 +18,7 @@ from structlin_nn._layer import structure_of
 from structlin_nn._replacement import plain
 from structlin_nn._text import sizes_text, table
 from structlin_nn.torch._modules import as_before, is_conv1d, num_experts, sizes_of
-from structlin_nn.torch._project_curve import Forms, allocate, saves
+from structlin_nn.torch._project_curve import Forms, allocate, relative, saves
 from structlin_nn.torch.linear import StructuredLinear
 from structlin_nn.torch.replace import num_params, structured_like
 
@@ -188,9 +188,16 @@ class Task:
         """Return the projection problems, weighted by the damped second moments if they are known; they are cached."""
         if self._problems is None:
             matrices, size = self.matrices(), self.shape[1]
-            moments = [None] * len(matrices) if self.moments is None else self.moments.reshape(-1, size, size)
-            damped = (c if c is None else c + damping * np.trace(c).real / size * np.eye(size) for c in moments)
-            self._problems = [Problem(matrix, c) for matrix, c in zip(matrices, damped, strict=True)]
+            if self.moments is None:
+                self._problems = [Problem(matrix) for matrix in matrices]
+            else:
+                moments = self.moments.reshape(-1, size, size)
+                means = np.trace(moments, axis1=1, axis2=2).real / size
+                unit = means.max()  # errors are relative, so the scale of the inputs is free
+                damped = (
+                    c / unit + damping * mean / unit * np.eye(size) for c, mean in zip(moments, means, strict=True)
+                )
+                self._problems = [Problem(matrix, c) for matrix, c in zip(matrices, damped, strict=True)]
         return self._problems
 
     def named(self, error: Exception) -> Exception:
@@ -392,16 +399,15 @@ def _line(task: Task, choice: dict[str, Any], reason: str = "") -> LayerProjecti
         costs = before, before, task.dense_macs, task.dense_macs
         return LayerProjection(task.names, task.shape, None, choice, 0.0, output, *costs, reason, task.experts)
     matrices = task.matrices()
-    differences = matrices - dense_of(new)
-
-    def ratio(error: float, scale: float) -> float:
-        return math.sqrt(max(0.0, error) / scale) if scale > 0 else (0.0 if error <= 0 else math.inf)
-
-    output = None
-    if (c := task.moments) is not None:
-        c = c.reshape(-1, *c.shape[-2:])
-        output = ratio(*(float(np.vdot(x, x @ c).real) for x in (differences, matrices)))
-    weight = ratio(*(float(np.linalg.norm(x)) ** 2 for x in (differences, matrices)))
+    differences, output = matrices - dense_of(new), None
+    size = task.shape[1]
+    whole = Problem(matrices.reshape(-1, size))
+    weight = relative(whole.norm(differences.reshape(-1, size)), whole)
+    if task.moments is not None:
+        c = task.moments.reshape(-1, size, size)
+        c, unit = c / np.abs(c).max(), np.abs(matrices).max() or 1.0  # so that no square overflows or underflows
+        error, scale = (float(np.vdot(x, x @ c).real) for x in (differences / unit, matrices / unit))
+        output = math.sqrt(max(0.0, error) / scale) if scale > 0 else (0.0 if error <= 0 else math.inf)
     return LayerProjection(
         task.names, task.shape, new.structure, choice, weight, output, before,
         num_params(new), task.dense_macs, new.structure.macs, experts=task.experts,

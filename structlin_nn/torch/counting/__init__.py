@@ -1,8 +1,8 @@
 """Parameters, multiply-accumulates (MACs) and saved activations of torch models, counted while they run.
 
 A structured layer costs the MACs of its structure for each vector. Every other operation of torch is in one of three
-lists (:mod:`structlin_nn.torch.counting._lists`). A complex MAC is one MAC; FLOPs of FFTs are none (``other_flops``).
-The conventions for the backward pass and for attention are in ``docs/accounting.md``.
+lists (:mod:`structlin_nn.torch.counting._lists`). FLOPs of FFTs are not MACs (``other_flops``). The conventions for the
+backward pass, attention and complex numbers are in ``docs/accounting.md``.
 """
 
 from structlin_nn.torch.counting import _formulas, _linalg  # these modules register the formulas

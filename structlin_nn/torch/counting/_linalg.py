@@ -124,8 +124,8 @@ register_table({
     "_linalg_eigh": _of_one(
         "A", lambda g, m, n: FLOPS["eigh" if g["compute_v"] and not g.get("values_only") else "eigvalsh"](n)
     ),
-    "_linalg_svd": _of_one(
-        "A", lambda g, m, n: svd_flops(m, n, g["compute_uv"] and not g.get("values_only"), g["full_matrices"])
+    "_linalg_svd prims::svd": _of_one(
+        "A", lambda g, m, n: svd_flops(m, n, g.get("compute_uv", True) and not g.get("values_only"), g["full_matrices"])
     ),
     "linalg_qr": _of_one(
         "A", lambda g, m, n: qr_flops(m, n, {"r": 0, "reduced": min(m, n), "complete": m}[g["mode"]])
@@ -144,7 +144,7 @@ register_table({
     "_linalg_solve_ex": _solution_by_lu,
     "ormqr": _reflections,
     "linalg_matrix_exp": _exponential,
-    "_fft_c2c": lambda g, output: _transforms(g["self"], g["dim"], False),
-    "_fft_r2c": lambda g, output: _transforms(g["self"], g["dim"], True),
-    "_fft_c2r": lambda g, output: _transforms(output, g["dim"], True),
+    "_fft_c2c prims::fft_c2c": lambda g, output: _transforms(g["self"], g["dim"], False),
+    "_fft_r2c prims::fft_r2c": lambda g, output: _transforms(g["self"], g["dim"], True),
+    "_fft_c2r prims::fft_c2r": lambda g, output: _transforms(output, g["dim"], True),
 })  # fmt: skip

@@ -84,9 +84,10 @@ _QUANTIZED = re.compile(
     r"|embedding\w*|\w+_(prepack|unpack)\w*|make_quantized_cell_params\w*"
 )
 
-# Properties of arrays, communication, profiling and random numbers.
+# Properties of arrays, communication, profiling and random numbers; and the primitives of torch's decompositions, which
+# also occur in forward-mode derivatives. Of these, the FFTs and the singular values have formulas.
 _FREE_NAMESPACES = {
-    "prim", "c10d", "_c10d_functional", "_c10d_functional_autograd", "profiler", "rngprims", "debug_mode_ops",
+    "prim", "prims", "c10d", "_c10d_functional", "_c10d_functional_autograd", "profiler", "rngprims", "debug_mode_ops",
 }  # fmt: skip
 
 # Elementwise operations, reductions, norms, losses, lookups, sorting, sampling, optimisers, quantisation and data

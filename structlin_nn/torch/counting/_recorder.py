@@ -185,6 +185,9 @@ class Recorder(TorchDispatchMode):
         self.places: list[tuple[str, bool]] = [(OUTSIDE, False)]  # ... this module, and whether it counts as a whole
         self.attending = False
         self.values_only = False
+        self.complex_from: int | None = None  # the first node of the complex convolution that is being computed, and
+        self.complex_parts = 0  # the number of its real convolutions so far
+        self.parts: set[int] = set()  # nodes of those that do not count
         self.saved: dict[StorageWeakRef, Tensor] = {}
         self.saved_more = self.saved_more_bytes = 0
         for prefix, model in models.items():
@@ -433,12 +436,22 @@ class Recorder(TorchDispatchMode):
             arguments = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
             formula = formula_of(f"higher_order::{func.name()}")
         assert formula is not None
+        number = torch._C._autograd._get_sequence_nr() - 1  # torch makes the node before it runs the operation
+        if phase == BACKWARD:
+            if node._sequence_nr() in self.parts:
+                return
+        elif self.complex_from is not None:
+            self.complex_parts += 1
+            if self.complex_parts % 3 != 1:
+                if number >= self.complex_from:
+                    self.parts.add(number)
+                return
         if "is_causal" in arguments or "custom_mask_type" in arguments:
             arguments["causal_discount"] = self.causal
         if self.values_only:
             arguments["values_only"] = True
         product = formula(arguments, output)
-        if product is None:
+        if product is None or (isinstance(output, Tensor) and output._is_zerotensor()):  # then nothing is computed
             self._no_product(func, args, kwargs, output, phase)
             return
         if not isinstance(product, Product):
@@ -447,11 +460,10 @@ class Recorder(TorchDispatchMode):
             product = replace(product, macs=product.macs - product.recomputed, recomputed=0)
         inputs, outputs = _tensors(args, kwargs), _tensors(output)
         kind, product = self._settle(product, inputs, outputs)
-        number = torch._C._autograd._get_sequence_nr() - 1
         if phase == BACKWARD:
             name, kind = self.nodes.get(node._sequence_nr(), (name, kind))
         else:
-            self.nodes.setdefault(number, (name, kind))  # torch makes the node before it runs the operation
+            self.nodes.setdefault(number, (name, kind))
         self.add(name, product, kind, phase)
 
     def _no_product(self, func: Any, args: tuple, kwargs: dict, output: Any, phase: str) -> None:
@@ -526,8 +538,18 @@ def _in_checkpoint() -> bool:
 _VALUES_ONLY = {torch.linalg.eigvals, torch.linalg.eigvalsh, torch.linalg.svdvals}
 
 
+# torch computes complex ones by three real ones of equal sizes, of which one counts. Where checkpoints compute again,
+# function modes are not active, and all three count.
+_CONVOLUTIONS = {
+    torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
+}  # fmt: skip
+
+
 class _Functions(TorchFunctionMode):
-    """Counts scaled_dot_product_attention as a whole: what it is made of depends on device and dtype."""
+    """Counts scaled_dot_product_attention as a whole, because what it is made of depends on device and dtype.
+
+    It also marks functions whose operations do not show what they compute: values alone, and complex convolutions.
+    """
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -539,6 +561,10 @@ class _Functions(TorchFunctionMode):
         if func in _VALUES_ONLY:
             vectors = torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(args, kwargs))
             with patch.object(recorder, "values_only", not vectors):
+                return func(*args, **kwargs)
+        if func in _CONVOLUTIONS and any(x.is_complex() for x in _tensors(args, kwargs)):
+            following = torch._C._autograd._get_sequence_nr()
+            with patch.multiple(recorder, complex_from=following, complex_parts=0):
                 return func(*args, **kwargs)
         if func is not torch.nn.functional.scaled_dot_product_attention or recorder.opaque:
             return func(*args, **kwargs)

@@ -103,8 +103,10 @@ class ModelCount:
         counted if the model uses ``torch.func.grad``.
     unknown_ops
         Number of calls, forward and backward, of each unknown operation. Their work is missing from all totals.
-    param_bytes, trainable_bytes, saved_float_bytes
-        Bytes of ``params``, ``trainable_params`` and ``saved`` in their own dtypes.
+    param_bytes
+        Bytes of ``params`` as they are stored, such as quantised or sparse.
+    trainable_bytes, saved_float_bytes
+        Bytes of ``trainable_params`` (of their gradients, which are dense) and of ``saved`` in their own dtypes.
     dtype
         Name of the parameters' dtype; None for several dtypes or no parameters.
     backward_from, unreached_params

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from structlin._arrays import dtype_name
 from structlin_nn._text import check_integer, occurrences
 from structlin_nn.torch.counting._lists import UnknownOperationError
-from structlin_nn.torch.counting._recorder import OUTSIDE, Recorder
+from structlin_nn.torch.counting._recorder import OUTSIDE, Recorder, inner_tensors
 from structlin_nn.torch.counting._result import ModelCount
 
 
@@ -275,7 +275,7 @@ def _collected(recorder: Recorder, models: Mapping[str, nn.Module]) -> ModelCoun
         saved_bytes=rest,
         unknown_ops=dict(sorted(recorder.unknown.items())),
         param_bytes=_bytes(parameters),
-        trainable_bytes=_bytes(trainable),
+        trainable_bytes=sum(x.numel() * x.element_size() for x in trainable),
         saved_float_bytes=floating,
         dtype=dtypes.pop() if len(dtypes) == 1 else None,
         modules={**recorder.types, **outside},
@@ -287,7 +287,9 @@ def _numbers(tensors: Iterable[Tensor]) -> int:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors)
+    """Return the bytes of tensors as they are stored, quantised or sparse ones too; of sharded ones of all shards."""
+    stored = (part for x in tensors for part in ([x] if hasattr(x, "device_mesh") else inner_tensors(x)))
+    return sum(part.numel() * part.element_size() for part in stored)
 
 
 def time_modules(model: nn.Module, *inputs: Any, repeats: int = 5, grad: bool = False, **kwargs: Any) -> ModelCount:

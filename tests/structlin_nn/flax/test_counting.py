@@ -89,19 +89,53 @@ def test_python_numbers_are_inputs() -> None:
         assert count(lambda x, s: s * (x @ x.T), array(2, 3), number, training=True).macs == 12
 
 
-def test_convolution_against_torch() -> None:
-    for groups, stride in ((1, 1), (2, 3)):
-        kernel, x = array(8, 6 // groups, 3, 2), array(4, 6, 11, 13)
+LAYOUT = ("NHWC", "HWIO", "NHWC")
 
-        def function(x: jax.Array, kernel: jax.Array, stride: int = stride, groups: int = groups) -> jax.Array:
-            return jax.lax.conv_general_dilated(
-                x, kernel, (stride, 1), "VALID", feature_group_count=groups,
-                dimension_numbers=("NCHW", "OIHW", "NCHW"),
-            )  # fmt: skip
 
-        layer = torch.nn.Conv2d(6, 8, (3, 2), (stride, 1), groups=groups, device="meta")
-        expected = torch_counting.count(layer, torch.zeros(4, 6, 11, 13, device="meta")).macs()
-        assert count(function, x, kernel).products == {"conv_general_dilated": expected}
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding", "groups", "dilation"),
+    [
+        ((11, 13), (3, 2), (1, 1), (0, 0), 1, (1, 1)),  # the gradient of the input pads by more than this
+        ((11, 13), (3, 2), (3, 1), (1, 0), 2, (1, 1)),
+        ((11, 13), (4, 3), (2, 3), (1, 1), 1, (1, 2)),
+        ((2, 1), (3, 5), (1, 1), (1, 2), 2, (1, 1)),  # a kernel longer than the input
+        ((12, 8), (4, 4), (4, 4), (0, 0), 1, (1, 1)),
+    ],
+)
+def test_convolution_against_torch(
+    size: tuple, kernel: tuple, stride: tuple, padding: tuple, groups: int, dilation: tuple
+) -> None:
+    """Forward, and with both gradients: zeros between the entries of an input do not count."""
+
+    def function(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            x, weight, stride, [(n, n) for n in padding], rhs_dilation=dilation, feature_group_count=groups,
+            dimension_numbers=LAYOUT,
+        )  # fmt: skip
+
+    layer = torch.nn.Conv2d(6, 8, kernel, stride, padding, dilation, groups, bias=False, device="meta")
+    expected = torch_counting.count(layer, torch.zeros(5, 6, *size, device="meta", requires_grad=True))
+    counted = count(function, array(5, *size, 6), array(*kernel, 6 // groups, 8), training=True)
+    assert counted.products == {"conv_general_dilated": expected.macs()}
+    assert counted.training_macs == expected.training_macs
+    batched = count(jax.vmap(function, (0, None)), array(2, 5, *size, 6), array(*kernel, 6 // groups, 8), training=True)
+    assert batched.training_macs == 2 * expected.training_macs
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding"),
+    [((5, 7), (3, 2), (2, 3), (0, 0)), ((1, 1), (4, 3), (1, 1), (0, 0)), ((5, 7), (4, 3), (2, 1), (1, 1))],
+)
+def test_transposed_convolution_against_torch(size: tuple, kernel: tuple, stride: tuple, padding: tuple) -> None:
+    def function(x: jax.Array, weight: jax.Array) -> jax.Array:
+        pads = [(k - 1 - n, k - 1 - n) for k, n in zip(kernel, padding, strict=True)]
+        return jax.lax.conv_general_dilated(x, weight, (1, 1), pads, lhs_dilation=stride, dimension_numbers=LAYOUT)
+
+    layer = torch.nn.ConvTranspose2d(6, 8, kernel, stride, padding, bias=False, device="meta")
+    expected = torch_counting.count(layer, torch.zeros(5, 6, *size, device="meta", requires_grad=True))
+    assert expected.macs() == 5 * 6 * 8 * size[0] * size[1] * kernel[0] * kernel[1]
+    counted = count(function, array(5, *size, 6), array(*kernel, 6, 8), training=True)
+    assert (counted.macs, counted.training_macs) == (expected.macs(), expected.training_macs)
 
 
 def test_control_flow() -> None:
@@ -129,6 +163,24 @@ def test_control_flow() -> None:
     counted = count(until, x, w)
     assert (counted.macs, counted.unbounded) == (0, (step,))
 
+    def counting_fft(x: jax.Array, w: jax.Array) -> jax.Array:
+        shared = (lambda: x @ w, lambda: jnp.fft.fft(x @ w).real)
+        return jax.lax.cond(x.sum() > 0, *shared) + jax.lax.cond(x.sum() > 0, *shared[::-1])
+
+    assert count(counting_fft, x, w).other_flops == 2 * count(jnp.fft.fft, x).other_flops, "of equal MACs"
+
+    def unknown(x: jax.Array) -> jax.Array:
+        return jax.pure_callback(lambda x: x, x, x)
+
+    def hidden(x: jax.Array, w: jax.Array) -> jax.Array:
+        y = jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: unknown(x))
+        return jax.lax.while_loop(lambda h: h.sum() < 1, unknown, y)
+
+    assert count(hidden, x, w).unknown_ops == {"pure_callback": 2}, "in a cheaper branch and in a loop"
+
+    two = count(lambda x, w: jax.lax.cond(x.sum() > 0, lambda: until(x, w), lambda: x @ w), x, w)
+    assert (two.macs, two.unbounded) == (step, (step,)), "the loop of the other branch"
+
     @jax.custom_vjp
     def own(x: jax.Array, w: jax.Array) -> jax.Array:
         return x @ w
@@ -147,6 +199,43 @@ def test_integers_have_no_gradient() -> None:
     assert counted.params == 0
     with pytest.raises(TypeError, match=r"model must be an nnx.Module or a function, got 3"):
         count(3)  # type: ignore[arg-type]
+
+
+class TestTraining:
+    def test_modules_with_state(self) -> None:
+        """Of dropout and batch normalisation no products; of a cell the gradient of its state, too."""
+        rngs = nnx.Rngs(0)
+        linear, x = nnx.Linear(8, 5, rngs=rngs), array(3, 8)
+        for more in (nnx.Dropout(0.5, rngs=rngs), nnx.BatchNorm(5, rngs=rngs)):
+            for training in (False, True):
+                counted = count(nnx.Sequential(linear, more), x, training=training)
+                assert (counted.macs, counted.training_macs) == (120, 240 if training else None)
+        counted = count(nnx.RNN(nnx.LSTMCell(7, 5, rngs=rngs)), array(2, 9, 7), training=True)
+        forward, state = 2 * 9 * (7 + 5) * 20, 2 * 9 * 5 * 20
+        assert (counted.macs, counted.training_macs) == (forward, 2 * forward + state)
+
+    def test_all_floating_inputs(self) -> None:
+        product = 3 * 4 * 5
+        keyword = count(lambda x, w: x @ w, array(3, 4), w=array(4, 5), training=True)
+        assert (keyword.macs, keyword.training_macs) == (product, 3 * product)
+        parameters = {"table": array(7, 4), "rows": array(3, dtype="int32"), "key": jax.random.key(0)}
+        mixed = count(lambda d, w: d["table"][d["rows"]] @ w, parameters, array(4, 5), training=True)
+        assert mixed.training_macs == 3 * product
+
+    def test_no_floating_inputs(self) -> None:
+        """The gradient of nothing costs nothing, as in torch."""
+        counted = count(lambda x: x @ x, array(4, 4, dtype="int32"), training=True)
+        assert (counted.macs, counted.training_macs) == (64, 64)
+        assert count(lambda x: (x @ x).argmax(), array(4, 4), training=True).macs == 64
+
+    def test_complex_results(self) -> None:
+        counted = count(lambda x, w: x @ w, array(3, 4, dtype="complex64"), array(4, 5), training=True)
+        assert (counted.macs, counted.training_macs) == (60, 180)
+        shapes = ((3, 4), (4, 5))
+        operands = [torch.zeros(n, dtype=torch.complex64, device="meta", requires_grad=True) for n in shapes]
+        with torch_counting.Counting() as counting_torch:
+            (operands[0] @ operands[1]).sum().real.backward()
+        assert counting_torch.result.training_macs == 180
 
 
 class TestLists:

@@ -173,6 +173,25 @@ class TestSaved:
         assert 512 * 12 <= count(layer, torch.randn(512, 12)).saved <= 512 * (12 + 2)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_bytes_of_sparse_parameters() -> None:
+    """Five values of 4 bytes, and indices of 8 bytes."""
+
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            weight = torch.diag(torch.ones(6), 1)[:5]
+            self.rows, self.pairs = (nn.Parameter(w) for w in (weight.to_sparse_csr(), weight.to_sparse()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.rows @ x + self.pairs @ x
+
+    found = count(Sparse(), torch.ones(7, 3), backward=False)
+    assert (found.macs(), found.params) == (2 * 5 * 3, 2 * 35)
+    assert found.param_bytes == (5 * 4 + 8 * (5 + 6)) + (5 * 4 + 8 * 2 * 5)
+    assert found.trainable_bytes == 4 * found.params, "gradients are dense"
+
+
 def test_numbers_moved() -> None:
     """Operands and results of each product once; of a chain the intermediate twice."""
     layer = StructuredLinear(12, 8, structure="low_rank", rank=2)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from structlin_nn._flops import FLOPS
-from structlin_nn.torch import ModelCount, UnknownOperationError, count
+from structlin_nn.torch import Counting, ModelCount, UnknownOperationError, count
 from structlin_nn.torch.counting import (
     Product,
     classify,
@@ -28,6 +28,17 @@ UNKNOWN = frozenset({
     "_cslt_sparse_mm_search", "_lstm_mps", "_spsolve", "_triton_multi_head_attention", "_triton_scaled_dot_attention",
     "lstm_mps_backward", "quantized_gru", "quantized_lstm",
 })  # fmt: skip
+PRIMITIVE_PRODUCTS = {"svd", "fft_c2c", "fft_c2r", "fft_r2c"}
+OTHER_PRIMITIVES = """
+    _make_token _sink_tokens bessel_i0 bessel_i0e bessel_i1 bessel_i1e bessel_j0 bessel_j1 broadcast_in_dim cbrt
+    collapse collapse_view convert_element_type copy_strided copy_to device_put erf_inv erfcx iota maximum_value
+    minimum_value ndtri rev shift_left shift_right_arithmetic spherical_bessel_j0 split_dim view_of view_of_dtype
+    xor_sum zeta
+
+    _low_memory_max_pool_offsets_to_indices _low_memory_max_pool_with_offsets _unsafe_index_put_ fma
+    inductor_cvt_e8m0_rceil inductor_force_stride_order inductor_lookup_seed inductor_rand_eager_offset
+    inductor_rand_eager_offsets inductor_randint inductor_random inductor_seed inductor_seeds prepare_softmax_online
+"""
 
 
 def counted(function: Callable[..., Any], *inputs: Tensor, **options: Any) -> ModelCount:
@@ -65,6 +76,15 @@ class TestLists:
         for packet in flop_registry:
             if isinstance(packet, torch._ops.OpOverloadPacket):
                 assert classify_name(packet._qualified_op_name) == lists.PRODUCT, packet
+
+    def test_primitives(self) -> None:
+        """Of those of torch's decompositions, products are the ones of aten; the others without namesake are known."""
+        names = {name[7:] for name in operation_names() if name.startswith("prims::")}
+        assert {name for name in names if classify_name(f"prims::{name}") != lists.NO_PRODUCT} == PRIMITIVE_PRODUCTS
+        unknown = {name for name in names if classify_name(f"aten::{name}") == lists.UNKNOWN}
+        assert unknown <= PRIMITIVE_PRODUCTS.union(OTHER_PRIMITIVES.split()), (
+            "of a new torch: see whether they multiply"
+        )
 
     @pytest.mark.parametrize(
         ("name", "expected"),
@@ -289,6 +309,44 @@ class TestProducts:
         found = count(back, torch.ones(2, 6, 7, 5, requires_grad=True), strict=True)
         assert found.macs() == 2 * 6 * 35 * 4 * 9
         assert found.training_macs == 3 * found.macs()
+
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    def test_complex_numbers(self, device: str) -> None:
+        """A complex multiply-accumulate is one, also where torch computes three real convolutions."""
+        x, like = torch.ones(2, 6, 7, 5, device=device), {"dtype": torch.complex64, "device": device}
+        for real, own in (
+            (nn.Conv2d(6, 8, 3, groups=2, device=device), nn.Conv2d(6, 8, 3, groups=2, **like)),
+            (nn.ConvTranspose2d(6, 8, 3, 2, device=device), nn.ConvTranspose2d(6, 8, 3, 2, **like)),
+            (nn.Linear(5, 4, device=device), nn.Linear(5, 4, **like)),
+        ):
+            for trained in (False, True):
+                expected = count(real, x.clone().requires_grad_(trained))
+                found = count(own, x.cfloat().requires_grad_(trained), strict=True)
+                assert found.training_macs == expected.training_macs == (2 + trained) * expected.macs()
+                assert found.calls == expected.calls
+            with Counting() as counting, torch.no_grad():
+                torch.vmap(own)(torch.ones(4, *x.shape, **like))
+            assert counting.result.macs() == 4 * expected.macs()
+            before = Call(lambda self, x: (self.a(x), torch.no_grad()(self.b)(x)), a=nn.Linear(5, 5, **like), b=own)
+            found = count(before, x.cfloat())
+            assert found.training_macs == 2 * 2 * 6 * 7 * 25 + expected.macs(), "nodes before it keep their gradients"
+        pair = torch.ones(3, 5, **like), torch.ones(5, 7, **like)
+        assert counted(torch.matmul, *pair).macs() == 3 * 5 * 7
+
+    def test_forward_mode(self) -> None:
+        """torch fills zero tangents of matrix products, and multiplies; it leaves out those of a dot product."""
+        layer, x = nn.Linear(8, 5), torch.ones(4, 8)
+        with Counting(strict=True) as counting:
+            torch.func.jvp(lambda x: torch.tanh(layer(x)) * 2 + x.sum(), (x,), (x,))
+        assert counting.result.macs() == 3 * 4 * 8 * 5
+        with Counting(strict=True) as counting:
+            torch.func.jvp(lambda v: torch.dot(v, x[0]), (x[0],), (x[0],))
+        assert counting.result.macs() == 2 * 8
+        kernel = torch.ones(4, 6, 3, dtype=torch.complex64)
+        z = torch.ones(2, 6, 9, dtype=torch.complex64)
+        with Counting(strict=True) as counting:
+            torch.func.jvp(lambda z: F.conv1d(z, kernel), (z,), (z,))
+        assert counting.result.macs() == 3 * 2 * 7 * 4 * 18
 
 
 class TestAttention:

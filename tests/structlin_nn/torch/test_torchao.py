@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from structlin_nn.torch import StructuredLinear, save_structured
+from structlin_nn.torch import StructuredLinear, count, save_structured
 
 quantization = pytest.importorskip("torchao.quantization")
 
@@ -74,6 +74,15 @@ class TestQuantised:
 
         layers = [StructuredLinear(640, 512, structure="low_rank", rank=64) for _ in range(2)]
         assert size(quantised(layers[0], name)) < 0.35 * size(layers[1])
+
+    def test_bytes_in_a_count(self, name: str) -> None:
+        """One byte for each entry of a factor, and scales."""
+        layer = StructuredLinear(640, 512, structure="low_rank", rank=64, bias=False).requires_grad_(False)
+        entries, x = 64 * (640 + 512), torch.randn(7, 640)
+        assert count(layer, x).param_bytes == 4 * entries
+        found = count(quantised(layer, name), x)
+        assert found.params == entries
+        assert entries < found.param_bytes < 1.05 * entries
 
 
 def test_one_factor_can_stay_as_it_is() -> None:
