@@ -493,18 +493,6 @@ def as_tensors(*arrays: Any) -> list[Array]:
     return [torch.from_numpy(np.asarray(x, order="C")) for x in arrays]
 
 
-def is_transpose(x: Array, y: Array) -> bool:
-    """Return whether the matrix ``x`` is real and a view of the same memory as ``y^T``; always False on jax."""
-    if x.shape != y.shape[::-1] or lapack(x).is_complex(x):
-        return False
-    if isinstance(x, np.ndarray) and isinstance(y, np.ndarray):
-        same = x.__array_interface__["data"] == y.__array_interface__["data"]
-        return same and x.dtype == y.dtype and x.strides == y.strides[::-1]
-    if backend_of(x) != "torch" or not (is_plain(x.detach()) and is_plain(y.detach())):
-        return False
-    return bool(x.dtype == y.dtype and x.data_ptr() == y.data_ptr() and x.stride() == y.stride()[::-1])
-
-
 def is_known(x: Array) -> bool:
     """Return whether the values of ``x`` are known, that is, not traced."""
     backend = "numpy" if isinstance(x, np.generic) else backend_of(x)

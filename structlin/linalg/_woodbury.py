@@ -28,7 +28,7 @@ from cola.annotations import PSD
 from cola.ops import LinearOperator, Sum
 
 from structlin import _threads
-from structlin._arrays import Array, as_array
+from structlin._arrays import Array, as_array, backend_of
 from structlin._implicit import (
     Solver,
     backward_error,
@@ -45,7 +45,6 @@ from structlin._lapack import (
     inverse_values,
     is_known,
     is_plain,
-    is_transpose,
     known,
     lapack,
     nan_unless,
@@ -339,7 +338,19 @@ def woodbury(A: Sum) -> Woodbury | None:
         return None
     if base is None:
         return None
-    return Woodbury(B, U, V, base, positive and (is_transpose(V, U) or _is_adjoint(A, V, U)))
+    return Woodbury(B, U, V, base, positive and (_is_transpose(V, U) or _is_adjoint(A, V, U)))
+
+
+def _is_transpose(x: Array, y: Array) -> bool:
+    """Return whether the matrix ``x`` is real and a view of the same memory as ``y^T``; always False on jax."""
+    if x.shape != y.shape[::-1] or lapack(x).is_complex(x):
+        return False
+    if isinstance(x, np.ndarray) and isinstance(y, np.ndarray):
+        same = x.__array_interface__["data"] == y.__array_interface__["data"]
+        return same and x.dtype == y.dtype and x.strides == y.strides[::-1]
+    if backend_of(x) != "torch" or not (is_plain(x.detach()) and is_plain(y.detach())):
+        return False
+    return bool(x.dtype == y.dtype and x.data_ptr() == y.data_ptr() and x.stride() == y.stride()[::-1])
 
 
 def _is_adjoint(A: Sum, V: Array, U: Array) -> bool:
