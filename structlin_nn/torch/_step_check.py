@@ -174,15 +174,16 @@ def _ignored(optimizer: Optimizer) -> None:
 
 def _spread(groups: Sequence[Mapping[str, Any]]) -> str:
     """Return a description of the rates that contradict their multipliers; "" if there are none."""
-    found: dict[bool, tuple[float, float]] = {}
+    found: dict[tuple[Any, bool], tuple[float, float]] = {}
     for group in groups:
         multiplier, rate = group.get("multiplier"), group["lr"]
         if not multiplier or isinstance(rate, Tensor):  # reading a tensor can wait for the device
             continue
         own = rate / multiplier
-        by_adam = group.get("matrices", False) is None  # Muon and its Adam have one rate each
-        low, high = found.get(by_adam, (math.inf, -math.inf))
-        found[by_adam] = min(low, own), max(high, own)
+        # Calls of parameter_groups with other rates may share an optimiser; Muon and its Adam have one rate each.
+        key = group.get("base_lr"), group.get("matrices", False) is None
+        low, high = found.get(key, (math.inf, -math.inf))
+        found[key] = min(low, own), max(high, own)
     for low, high in found.values():
         if high - low > SPREAD * abs(high):
             return f"lr / multiplier is between {low:.4g} and {high:.4g}"
