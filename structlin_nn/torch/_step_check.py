@@ -94,7 +94,7 @@ def _look(optimizer: Optimizer, first: bool) -> None:
               "layers are not trained. Create the optimiser after the replacement")  # fmt: skip
     without, foreign = 0, 0
     for layer in list(_layers):
-        trainable = [p for p in layer.factors if p.requires_grad]
+        trainable = [p for p in layer.factors.parameters() if p.requires_grad]
         held = [groups[id(p)] for p in trainable if id(p) in groups]
         if any("multiplier" not in group for group in held) and not _is_plain(layer):
             without += 1
@@ -117,7 +117,8 @@ def _look_for_the_untrained(optimizer: Optimizer) -> None:
     missing = 0
     for layer in list(_layers):
         if any(id(p) in own for p in layer.parameters()):
-            missing += any(p.requires_grad and p.grad is not None and id(p) not in all_held for p in layer.factors)
+            graded = [p for p in layer.factors.parameters() if p.requires_grad and p.grad is not None]
+            missing += any(id(p) not in all_held for p in graded)
     if missing:
         _warn(f"{type(optimizer).__name__} has only some of the parameters of {_layers_of(missing)}, and no optimiser "
               "has the others, which are not trained")  # fmt: skip
