@@ -62,8 +62,8 @@ class LoraOnStructured(LoraLinear):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the base layer, by default the active ones."""
-        base = self.get_base_layer()
-        if isinstance(base, StructuredLinear):
+        base, chosen = self.get_base_layer(), self.active_adapters if adapter_names is None else adapter_names
+        if isinstance(base, StructuredLinear) and any(name in self.lora_B for name in chosen):
             dense = dense_kind(base, base.weight.detach().clone())
             if base.bias is not None:
                 dense.bias = nn.Parameter(base.bias.detach().clone())

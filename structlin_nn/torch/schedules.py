@@ -71,9 +71,9 @@ class MultiplierScheduler(LRScheduler):
         shown = [copy.copy(groups[self._keys.index(number)]) for number in range(len(bases))]
         resumed = _resumes(make, args, kwargs)
         for number, (group, (rate, _)) in enumerate(zip(shown, bases, strict=True)):
-            group.pop("initial_lr", None)
+            for name in ("names", *_RATES):
+                group.pop(name, None)
             group.update(params=[nn.Parameter(torch.zeros(()))], lr=rate)
-            group.pop("names", None)
             if resumed:  # from the rates of the optimiser
                 for own, key in zip(groups, self._keys, strict=True):
                     if key == number and own["multiplier"]:

@@ -251,6 +251,18 @@ def test_a_merged_model_moves_with_its_base(kind, structured):
     torch.testing.assert_close(copy.deepcopy(model)(X.double()), before.double(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["lora", "monarch"])
+def test_a_layer_without_the_merged_adapter_keeps_its_structure(kind):
+    model = peft.get_peft_model(net(True), small(kind))
+    model.add_adapter("part", small(kind, target_modules=["b"]))
+    drawn(model).set_adapter("part")
+    before = model(X)
+    whole = model.merge_and_unload()
+    torch.testing.assert_close(whole(X), before)
+    assert isinstance(whole.a, StructuredLinear)
+    assert type(whole.b) is nn.Linear
+
+
 def test_what_structured_adapters_cannot_do():
     model = peft.get_peft_model(net(False), small("monarch"), adapter_name="one")
     model.add_adapter("two", small("monarch"))
