@@ -65,7 +65,7 @@ def images_a_second(tree: Path, workers: int, rounds: int, batch: int) -> dict[s
             batch,
             is_training=True,
             auto_augment=recipe.rand_augment,
-            interpolation=recipe.interpolation,
+            interpolation="random",
             num_workers=workers,
             use_prefetcher=True,
             device=torch.device("cpu"),

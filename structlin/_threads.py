@@ -40,18 +40,23 @@ def limited(threads: int) -> AbstractContextManager[Any]:
     return controller.limit(limits=min(threads, *now))  # no library gets more threads than it had
 
 
-def of_stack(matrices: Any) -> AbstractContextManager[Any]:
-    """Return a context with one thread for a stack of small matrices in NumPy; for others one that changes nothing."""
-    small = isinstance(matrices, np.ndarray) and matrices.ndim > 2 and matrices.shape[-1] <= _ROWS
-    return limited(1) if small and matrices.size * matrices.shape[-1] >= _WORK else nullcontext()
+def of_stack(matrices: np.ndarray) -> AbstractContextManager[Any]:
+    """Return a context with one thread for a stack of small matrices; for other arrays one that changes nothing."""
+    return limited(1) if _is_slower_in_threads(matrices) else nullcontext()
+
+
+def _is_slower_in_threads(matrices: np.ndarray) -> bool:
+    return matrices.ndim > 2 and matrices.shape[-1] <= _ROWS and matrices.size * matrices.shape[-1] >= _WORK
 
 
 def stacked(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function of a stack of matrices, its first argument, that runs in :func:`of_stack`."""
 
     @wraps(function)
-    def run(matrices: Any, *more: Any, **options: Any) -> Any:
-        with of_stack(matrices):
+    def run(matrices: np.ndarray, *more: Any, **options: Any) -> Any:
+        if not _is_slower_in_threads(matrices):
+            return function(matrices, *more, **options)
+        with limited(1):
             return function(matrices, *more, **options)
 
     return run

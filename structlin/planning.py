@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,11 +16,40 @@ from structlin.counting import num_bytes, work_of
 from structlin.registry import design, structure_names, structure_options
 from structlin.structure import AbstractStructure
 
-__all__ = ["RESOURCES", "LayerPlan", "check_budget", "largest_within", "plan_layer", "plan_layers"]
+__all__ = ["RESOURCES", "BudgetError", "LayerPlan", "check_budget", "largest_within", "plan_layer", "plan_layers"]
 
 RESOURCES = ("macs", "params", "bytes")
 _NO_CHOICE = ("permutation", "diagonal")  # they have no options and cannot replace a dense matrix
 _LIMIT = 2**40
+
+
+class BudgetError(ValueError):
+    """Every choice needs more than the budget.
+
+    Parameters
+    ----------
+    what
+        What was planned, in words.
+    least
+        Least cost of a choice.
+    unit
+        Unit of the cost, in words.
+    budget
+        The budget.
+
+    Examples
+    --------
+    >>> print(BudgetError("a dense layer", 4096, "MACs", 300))
+    a dense layer needs at least 4,096 MACs, the budget is 300
+    """
+
+    def __init__(self, what: str, least: float, unit: str, budget: float) -> None:
+        super().__init__(what, least, unit, budget)
+        self.what, self.least, self.unit, self.budget = what, least, unit, budget
+
+    def __str__(self) -> str:
+        least, budget = (_number(value, ".4g") for value in (self.least, self.budget))
+        return f"{self.what} needs at least {least} {self.unit}, the budget is {budget}"
 
 
 @dataclass(frozen=True)
@@ -102,9 +131,11 @@ def plan_layer(
 
     Raises
     ------
+    BudgetError
+        If the budget is too small for every design.
     ValueError
-        If the structure, an option or the resource is unknown, the budget is not positive and finite or too small for
-        every design, or the structure cannot have these sizes.
+        If the structure, an option or the resource is unknown, the budget is not positive and finite, or the structure
+        cannot have these sizes.
     TypeError
         If the budget is not a number.
 
@@ -121,28 +152,38 @@ def plan_layer(
     if resource not in RESOURCES:
         raise ValueError(f"unknown resource {resource!r}; one of {', '.join(RESOURCES)}")
     check_budget(budget)
-    known, fixed = structure_options(structure), dict(given or {})
-    if unknown := [key for key in fixed if key not in known]:
+    known, given = structure_options(structure), dict(given or {})
+    fixed = {key: value for key, value in given.items() if not isinstance(value, list)}
+    if unknown := [key for key in given if key not in known]:
         raise ValueError(f"structure {structure!r} has no option {', '.join(map(repr, unknown))}")
-    lists = {key: value for key, value in fixed.items() if isinstance(value, list)}
+    lists = {key: value for key, value in given.items() if isinstance(value, list)}
     if empty := [key for key, values in lists.items() if not values]:
         raise ValueError(f"the list of values of {empty[0]} is empty; give one value or more")
-    fixed = {key: value for key, value in fixed.items() if key not in lists}
-    by_rank = "rank" in known and not {"rank", "rank_fraction"} & {*fixed, *lists}
+    by_rank = "rank" in known and not {"rank", "rank_fraction"} & given.keys()
     spaces: dict[str, Iterable[Any]] = dict(lists)
-    for name, values in (("cores", _cores), ("blocks", lambda sizes: range(1, min(sizes) + 1))):
-        if name in known and name not in fixed and name not in lists and not _explicit(fixed):
-            spaces[name] = values(shape)
+    if isinstance(fixed.get("factorization", ""), str):  # otherwise the sizes of the factors determine their number
+        # Cores: the numbers of factors above 1 into which the smaller size may be split.
+        every = {"cores": range(2, max(min(shape).bit_length(), 3)), "blocks": range(1, min(shape) + 1)}
+        spaces |= {name: values for name, values in every.items() if name in known and name not in given}
     planned = tuple(name for name in known if name in spaces or (by_rank and name == "rank"))
 
-    def designed(chosen: Mapping[str, Any]) -> AbstractStructure:
-        return design(structure, shape, **fixed, **chosen)
+    def cost(chosen: Mapping[str, Any]) -> int:
+        return _cost(design(structure, shape, **fixed, **chosen), resource, dtype)
+
+    def cost_of_rank(chosen: Mapping[str, Any], rank: int) -> int | None:
+        try:
+            if rank > 1 and _is_full(design(structure, shape, **fixed, **chosen, rank=rank - 1)):
+                return None
+            return cost({**chosen, "rank": rank})
+        except ValueError:
+            return None
 
     first_error: ValueError | None = None
     least, best = math.inf, None
-    for chosen in _combinations(spaces):
+    for values in itertools.product(*spaces.values()):
+        chosen = dict(zip(spaces, values, strict=True))
         try:
-            start = _cost(designed({**chosen, "rank": 1} if by_rank else chosen), resource, dtype)
+            start = cost({**chosen, "rank": 1} if by_rank else chosen)
         except ValueError as error:
             first_error = first_error or error
             continue
@@ -150,18 +191,15 @@ def plan_layer(
         if start > budget:
             continue
         if by_rank:
-            rank = largest_within(partial(_rank_cost, designed, chosen, resource, dtype), budget)
-            chosen = {**chosen, "rank": rank}
-        found = designed(chosen)
+            chosen["rank"] = largest_within(partial(cost_of_rank, dict(chosen)), budget)
+        found = design(structure, shape, **fixed, **chosen)
         key = (_cost(found, resource, dtype), found.rank_bound)
         if best is None or key > best[0]:
             best = key, chosen, found
     if math.isinf(least):
         raise first_error or ValueError(f"{structure} of shape {shape} has no design")
     if best is None:
-        raise ValueError(
-            f"{structure} of shape {shape} needs at least {least:,} {resource}, the budget is {_number(budget)}"
-        )
+        raise BudgetError(f"{structure} of shape {shape}", least, resource, budget)
     (spent, _), chosen, found = best
     final = {name: {**fixed, **chosen}[name] for name in known if name in fixed or name in chosen}
     return LayerPlan(
@@ -200,35 +238,8 @@ def check_budget(budget: float, name: str = "the budget") -> None:
         raise ValueError(f"{name} must be positive and finite, got {_number(budget)}")
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if 1 <= abs(value) < 1e15 else f"{value:g}"
-
-
-def _explicit(fixed: Mapping[str, Any]) -> bool:
-    """Return whether the sizes of the factors are given, which determine their number."""
-    return not isinstance(fixed.get("factorization", ""), str)
-
-
-def _cores(shape: tuple[int, int]) -> Iterator[int]:
-    """Return the numbers of factors above 1 into which the smaller size may be split."""
-    return iter(range(2, max(min(shape).bit_length(), 3)))
-
-
-def _combinations(spaces: Mapping[str, Iterable[Any]]) -> Iterator[dict[str, Any]]:
-    values = [list(space) for space in spaces.values()]
-    return (dict(zip(spaces, chosen, strict=True)) for chosen in itertools.product(*values))
-
-
-def _rank_cost(
-    designed: Callable[[Mapping[str, Any]], AbstractStructure], chosen: Mapping[str, Any], resource: str, dtype: Any,
-    rank: int,
-) -> int | None:  # fmt: skip
-    try:
-        if rank > 1 and _is_full(designed({**chosen, "rank": rank - 1})):
-            return None
-        return _cost(designed({**chosen, "rank": rank}), resource, dtype)
-    except ValueError:
-        return None
+def _number(value: float, form: str = "g") -> str:
+    return f"{value:,.0f}" if 1 <= abs(value) < 1e15 else f"{value:{form}}"
 
 
 def plan_layers(
@@ -238,7 +249,7 @@ def plan_layers(
     resource: str = "macs",
     dtype: Any = "float32",
     structures: Sequence[str] | None = None,
-) -> tuple[list[LayerPlan], dict[str, str]]:
+) -> tuple[list[LayerPlan], dict[str, ValueError]]:
     """Plan several structures for one budget.
 
     Parameters
@@ -252,8 +263,8 @@ def plan_layers(
     -------
     plans : list of LayerPlan
         One plan for each structure that fits into the budget.
-    left_out : dict of str to str
-        For each of the other structures, the reason why it has no plan.
+    left_out : dict of str to ValueError
+        For each of the other structures, the error that says why it has no plan.
 
     Raises
     ------
@@ -267,17 +278,18 @@ def plan_layers(
     >>> plans, left_out = plan_layers((768, 768), budget=50_000, structures=["dense", "low_rank", "kronecker"])
     >>> [(p.structure, p.options, p.macs) for p in plans]
     [('low_rank', {'rank': 32}, 49152), ('kronecker', {'cores': 2}, 43008)]
-    >>> left_out
-    {'dense': 'dense of shape (768, 768) needs at least 589,824 macs, the budget is 50,000'}
+    >>> print(left_out["dense"])
+    dense of shape (768, 768) needs at least 589,824 macs, the budget is 50,000
     """
     check_budget(budget)
-    plans, left_out = [], {}
+    plans: list[LayerPlan] = []
+    left_out: dict[str, ValueError] = {}
     for name in [n for n in structure_names() if n not in _NO_CHOICE] if structures is None else structures:
         structure_options(name)
         try:
             plans.append(plan_layer(name, shape, budget, resource=resource, dtype=dtype))
         except ValueError as error:
-            left_out[name] = str(error)
+            left_out[name] = error.with_traceback(None)  # the frames would be kept too
     return plans, left_out
 
 

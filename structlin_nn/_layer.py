@@ -122,14 +122,13 @@ class PlannedLayer:
             name = plan.operator_class.name + "".join(f" {k}={v}" for k, v in self.options.items())
         else:
             name = repr(plan.structure)
-        parts = [
-            f"in_features={plan.structure.d_in}, out_features={plan.structure.d_out}, bias={self.bias is not None}"
-        ]
-        parts.append(f"structure={name}")
-        parts += [f"rms_cap=True, gain={plan.gains}"] if self.rms_cap else []
-        parts += [f"rule={self.rule}"] if self.rule != "paper" else []
-        parts += ["zero_init=True"] if self.zero_init else []
-        return ", ".join(parts)
+        about = f"in_features={plan.structure.d_in}, out_features={plan.structure.d_out}, bias={self.bias is not None}"
+        about += f", structure={name}"
+        if self.rms_cap:
+            about += f", rms_cap=True, gain={plan.gains}"
+        if self.rule != "paper":
+            about += f", rule={self.rule}"
+        return about + (", zero_init=True" if self.zero_init else "")
 
 
 def structure_of(structure: object, shape: tuple[int, int], options: Mapping[str, Any]) -> AbstractStructure:

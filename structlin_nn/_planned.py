@@ -18,6 +18,7 @@ from structlin.execution.devices import Device
 from structlin.planning import largest_within
 from structlin.registry import design
 from structlin_nn.counting import ModelCount, count, roofline, training_bytes
+from structlin_nn.counting import device as find_device
 from structlin_nn.counting._costs import itemsize, states_of
 from structlin_nn.counting._named import loss_of
 from structlin_nn.models import MODELS, StructureConfig, build_model
@@ -227,7 +228,7 @@ class Costs:
         model, inputs = parts_of(self._call(choice), self.name)
         model = model.to("meta")
         if self.structure != "dense" or options or self.rms_cap:
-            set_structure(model, config)
+            set_structure(model, config, dearer="allow")  # most widths are only searched
         if inputs is None:
             if not hasattr(model, "example_input"):
                 raise TypeError(f"{self.name} must return (module, inputs), or a module that has example_input(batch)")
@@ -252,6 +253,11 @@ class Costs:
                 return self._function(choice.width, **sizes)
             except (AssertionError, RuntimeError) as error:
                 raise ValueError(f"{self.name} of width {choice.width}: {error}") from error
+
+
+def device_of(device: str | Device | None, dtype: str) -> Device | None:
+    """Return a device that is given by its name, or as it is."""
+    return find_device(device, dtype) if isinstance(device, str) else device
 
 
 def _whole(value: float) -> int | float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any, TypeVar
@@ -72,10 +73,9 @@ class ReplacementReport:
         totals = (f"{sum(getattr(r, field) for r in self.layers):,}" for field in fields)
         lines = [table(head, [*rows, ("total", "", *totals)], left=2, rule=False)]
         lines += [f"left alone: {name} ({reason})" for name, reason in self.skipped]
-        rest: dict[tuple[str, str], int] = {}
+        rest: Counter[tuple[str, str]] = Counter()
         for name, shape, role in self.dense:
-            key = alike(name), role
-            rest[key] = rest.get(key, 0) + math.prod(shape)
+            rest[alike(name), role] += math.prod(shape)
         lines += [f"stays dense: {name} ({role}, {size:,} parameters)" for (name, role), size in rest.items()]
         return "\n".join([*lines, *self.notes])
 
@@ -143,9 +143,9 @@ def select(
     if not places:
         raise ValueError(f"the model has no linear layers ({kinds})")
     if isinstance(layers, str) and layers in PRESETS:
-        ordered = list(places)
-        end = len(ordered) if _is_repeated(list(places.values())) else -1
-        chosen = set({"all": ordered, "all_but_last": ordered[:end], "intermediate": ordered[1:end]}[layers])
+        end = len(places) if _is_repeated(list(places.values())) else -1
+        parts = {"all": slice(None), "all_but_last": slice(end), "intermediate": slice(1, end)}
+        chosen = set(list(places)[parts[layers]])
     elif isinstance(layers, type):
         raise TypeError(
             f"layers must be {', '.join(map(repr, PRESETS))}, patterns of names, or a function of name and layer, got "

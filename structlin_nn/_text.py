@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -90,6 +90,17 @@ def progress_bar(
         total=total, initial=done, desc=label, unit=unit, unit_scale=True, dynamic_ncols=True, mininterval=interval,
         disable=quiet, **more,
     )  # fmt: skip
+
+
+def occurrences(counts: Mapping[str, int]) -> str:
+    """Return names with the number of times that each occurs.
+
+    Examples
+    --------
+    >>> occurrences({"aten.relu": 2, "aten.add": 1})
+    'aten.relu x2, aten.add x1'
+    """
+    return ", ".join(f"{name} x{number}" for name, number in counts.items())
 
 
 def sizes_text(experts: int | None, shape: Sequence[int]) -> str:

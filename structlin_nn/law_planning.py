@@ -10,17 +10,16 @@ from typing import Any
 
 from structlin.planning import check_budget
 from structlin.scaling_laws import LossLaw, PowerLaw
-from structlin_nn._planned import WIDEST, Choice, Costs, nth_width, number_of_factors
+from structlin_nn._planned import WIDEST, Choice, Costs, device_of, nth_width, number_of_factors
 from structlin_nn._text import check_known
 from structlin_nn.counting import Device
-from structlin_nn.counting import device as find_device
 from structlin_nn.planning import parse_structure, plan_model, plan_of
 
 __all__ = ["plan_by_law", "plan_for_error"]
 
 _LAW_COLUMNS = {"forward_macs": "forward_macs", "params": "params", "trainable_params": "params",
                 "training_macs": "training_flops", "total_training_macs": "training_flops"}  # fmt: skip
-_SIZES = {"forward_macs": "forward_macs", "params": "params", "trainable_params": "params"}
+_SIZES = {name: resource for name, resource in _LAW_COLUMNS.items() if resource in ("forward_macs", "params")}
 _BUDGETS = ("run_seconds", "training_flops")
 _GRID = 16  # number of widths on either side of the best one that a refinement tries
 
@@ -121,8 +120,7 @@ def plan_by_law(
     check_budget(budget)
     if resource == "run_seconds" and device is None:
         raise ValueError(f"a budget of {resource} needs a device")
-    if isinstance(device, str):
-        device = find_device(device, activation_dtype or dtype)
+    device = device_of(device, activation_dtype or dtype)
     rows = []
     for group, fitted in laws["groups"].items():
         law = LossLaw(**{term: _finite(group, term, value["value"]) for term, value in fitted["terms"].items()})

@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from structlin.scaling_laws import (
-    FLOPS,
-    TERMS,
-    Bootstrap,
-    Envelope,
-    Estimate,
-    IsoFlop,
-    LossBootstrap,
-    PowerLawFit,
-    compare_exponents,
-    compute_multiplier,
-    fit_envelope,
-    fit_isoflop,
-    fit_loss_law,
-    fit_power_law,
-    interpolated_multiplier,
-    lacks_sizes,
-)
-from structlin.scaling_laws import pareto_frontier as frontier_of
+from structlin import scaling_laws
+from structlin.scaling_laws import FLOPS, TERMS, Bootstrap, Envelope, Estimate, IsoFlop, LossBootstrap, PowerLawFit
 from structlin_nn.tables import Row, by_run, column
 
 __all__ = ["GroupLaw", "compare_laws", "fit_groups", "fitted_record", "laws_record"]
@@ -44,11 +27,6 @@ class GroupLaw:
     fit: PowerLawFit
     bootstrap: Bootstrap | None
     points: int
-
-    @property
-    def used(self) -> int:
-        """Number of fitted points."""
-        return len(self.fit.compute)
 
     def term(self, name: str, confidence: float = 0.95) -> Estimate | dict[str, float]:
         """Return ``exponent``, ``coefficient`` or ``floor`` with its interval; without a bootstrap, its value alone."""
@@ -100,9 +78,9 @@ def fit_groups(
     def law(rows: Sequence[Row]) -> GroupLaw:
         compute, error = column(rows, x), column(rows, y)
         if frontier:
-            kept = frontier_of(compute, error)
+            kept = scaling_laws.pareto_frontier(compute, error)
             compute, error = ([values[i] for i in kept] for values in (compute, error))
-        fit = fit_power_law(compute, error, floor=floor, loss=loss)
+        fit = scaling_laws.fit_power_law(compute, error, floor=floor, loss=loss)
         drawn = None
         if len(compute) > fit.free_parameters or noise is not None:
             drawn = fit.bootstrap(samples, method=method, noise=noise)
@@ -138,29 +116,29 @@ def compare_laws(
 
     Raises ValueError for an unknown reference.
     """
-    if reference not in laws:
-        raise ValueError(f"there is no group {reference!r} to compare with; one of {', '.join(map(repr, laws))}")
-    base = laws[reference].bootstrap
+    check_reference(reference, laws)
+    base = laws[reference]
     found: dict[str, dict[str, Any]] = {}
     for name, law in laws.items():
         if name == reference:
             continue
         row: dict[str, Any] = {"exponent_difference": None, "multiplier": None, "interpolated": None, "notes": []}
-        if base is None or law.bootstrap is None:
-            row["notes"].append("too few points for intervals of the law; --noise states the noise of an error")
-        else:
-            row["exponent_difference"] = compare_exponents(law.bootstrap, base, confidence)
-            try:
-                row["multiplier"] = compute_multiplier(law.bootstrap, base, error, confidence)
-            except ValueError as problem:
-                row["notes"].append(str(problem))
-        ours, theirs = ((each.fit.compute, each.fit.error) for each in (law, laws[reference]))
         draws: dict[str, Any] = {}
         if law.bootstrap is not None and law.bootstrap.noise is not None:
-            drawn = law.bootstrap
-            draws = {"noise": drawn.noise, "samples": len(drawn.draws), "seed": drawn.seed}
+            draws = {"noise": law.bootstrap.noise, "samples": len(law.bootstrap.draws), "seed": law.bootstrap.seed}
+        if base.bootstrap is None or law.bootstrap is None:
+            row["notes"].append("too few points for intervals of the law; --noise states the noise of an error")
+        else:
+            row["exponent_difference"] = scaling_laws.compare_exponents(law.bootstrap, base.bootstrap, confidence)
+            try:
+                row["multiplier"] = scaling_laws.compute_multiplier(law.bootstrap, base.bootstrap, error, confidence)
+            except ValueError as problem:
+                row["notes"].append(str(problem))
+        ours, theirs = ((each.fit.compute, each.fit.error) for each in (law, base))
         try:
-            row["interpolated"] = interpolated_multiplier(ours, theirs, error, confidence=confidence, **draws)
+            row["interpolated"] = scaling_laws.interpolated_multiplier(
+                ours, theirs, error, confidence=confidence, **draws
+            )
         except ValueError as problem:
             row["notes"].append(f"no interpolation: {problem}")
         found[name] = row
@@ -176,7 +154,7 @@ def laws_record(
     for name, law in laws.items():
         fit = law.fit
         row: dict[str, Any] = {
-            "points": law.points, "fitted_points": law.used, "log_coefficient": fit.law.log_coefficient,
+            "points": law.points, "fitted_points": len(fit.compute), "log_coefficient": fit.law.log_coefficient,
             **{term: law.term(term, confidence) for term in ("exponent", "coefficient", "floor")},
             "r_squared": fit.r_squared, "notes": list(fit.notes), "compute_range": range_of(fit.compute),
             "error_range": range_of(fit.error),
@@ -217,6 +195,12 @@ def fitted_record(
         if reference in by_time and (timed := compare_laws(by_time, reference, **at)):
             record["comparisons_by_time"] = plain(timed)
     return laws, record
+
+
+def check_reference(reference: str, groups: Collection[str]) -> None:
+    """Raise ValueError for a group to compare with that is not there."""
+    if reference not in groups:
+        raise ValueError(f"there is no group {reference!r} to compare with; one of {', '.join(map(repr, groups))}")
 
 
 def default_reference(laws: Mapping[str, Any]) -> str | None:
@@ -333,22 +317,9 @@ def fit_sizes(
 ) -> tuple[LossBootstrap, dict[str, str]]:
     """Fit ``L = E + A / N**alpha + B / D**beta`` to all groups at once (approach 3 of Hoffmann et al. 2022).
 
-    Parameters
-    ----------
-    groups
-        Rows by label (:func:`structlin_nn.tables.group_rows`).
-    size, data, y
-        Columns of N, D and L.
-    shared
-        Argument of :func:`structlin.scaling_laws.fit_loss_law`.
-    samples, method
-        Arguments of the bootstrap (:class:`structlin.scaling_laws.LossBootstrap`).
-
-    Returns
-    -------
-    tuple[LossBootstrap, dict[str, str]]
-        (bootstrap, left_out): the fit with its draws, and why groups are left out, by label. ValueError, with the
-        reasons, if no group can be fitted.
+    N, D and L are the columns `size`, `data` and `y`; `shared` is that of :func:`structlin.scaling_laws.fit_loss_law`,
+    and the others those of its bootstrap. Returns the fit with its draws, and why groups are left out, by label.
+    ValueError, with the reasons, if no group can be fitted.
     """
     own = [term for term in TERMS if term not in shared] if len(groups) > 1 else list(TERMS)
 
@@ -357,35 +328,14 @@ def fit_sizes(
         for c, numbers in zip((size, data, y), values, strict=True):
             if min(numbers) <= 0:
                 raise ValueError(f"{c} must be positive, got {min(numbers):g}")
-        if lacking := lacks_sizes(values[0], values[1], own):
+        if lacking := scaling_laws.lacks_sizes(values[0], values[1], own):
             raise ValueError(lacking)
         return list(zip(*values, strict=True))
 
     found, left_out = for_each(groups, points)
     labels, n, d, loss = zip(*((name, *point) for name, own in found.items() for point in own), strict=True)
-    fit = fit_loss_law(n, d, loss, groups=labels, shared=shared)
+    fit = scaling_laws.fit_loss_law(n, d, loss, groups=labels, shared=shared)
     return fit.bootstrap(samples, method=method), left_out
-
-
-def multipliers(
-    drawn: LossBootstrap, reference: str, *, loss: float | None = None, flops: float = FLOPS, confidence: float = 0.95
-) -> dict[str, tuple[float, Estimate]]:
-    """Return, for every other group, the loss at which it is compared and how much less compute it needs.
-
-    `drawn` is a result of :func:`fit_sizes`. A `loss` of None is the lowest that points of both reach; `flops` are
-    those of training for each unit of N and of D. ValueError for an unknown reference, or a loss that neither law
-    reaches.
-    """
-    fit = drawn.fit
-    if reference not in fit.laws:
-        raise ValueError(f"there is no group {reference!r} to compare with; one of {', '.join(map(repr, fit.laws))}")
-    lowest = {name: float(fit.loss[fit.group == number].min()) for number, name in enumerate(fit.laws)}
-    found = {}
-    for name in fit.laws:
-        if name != reference:
-            at = max(lowest[name], lowest[reference]) if loss is None else loss
-            found[name] = at, drawn.multiplier(name, reference, loss=at, flops=flops, confidence=confidence)
-    return found
 
 
 def allocations(
@@ -401,19 +351,18 @@ def allocations(
     """Return the best split of a budget for each group by approach 1 or 2 of Hoffmann et al. (2022).
 
     Approach 1 is the envelope of the curves: rows are all evaluations, with the column ``record`` of their run.
-    Approach 2 is parabolas at equal compute, with `budgets`
-    (:func:`structlin.scaling_laws.fit_isoflop`). Other arguments and errors are those of :func:`fit_sizes` and
-    :func:`multipliers`.
+    Approach 2 is parabolas at equal compute, with `budgets` (:func:`structlin.scaling_laws.fit_isoflop`). Other
+    arguments and errors are those of :func:`fit_sizes` and :func:`sizes_record`.
     """
     if approach not in (1, 2):
         raise ValueError(f"approach must be 1 or 2, got {approach}")
 
     def best(rows: Sequence[Row]) -> Envelope | IsoFlop:
         if approach == 1:
-            return fit_envelope(_curves(rows, size, data, y), flops=flops)
+            return scaling_laws.fit_envelope(_curves(rows, size, data, y), flops=flops)
         n, d, loss = (column(rows, c) for c in (size, data, y))
         compute = [flops * a * b for a, b in zip(n, d, strict=True)]
-        return fit_isoflop(n, compute, loss, budgets=budgets, flops=flops)
+        return scaling_laws.fit_isoflop(n, compute, loss, budgets=budgets, flops=flops)
 
     return for_each(groups, best)
 
@@ -438,7 +387,11 @@ def sizes_record(
     flops: float = FLOPS,
     confidence: float = 0.95,
 ) -> dict[str, Any]:
-    """Return the result of :func:`fit_sizes` as values that ``json.dumps`` takes (:func:`structlin_nn.laws.plain`)."""
+    """Return the result of :func:`fit_sizes`, and its comparison with a reference, as values that ``json.dumps`` takes.
+
+    A `loss` of None is the lowest that points of both groups reach; `flops` are those of training for each unit of N
+    and of D. ValueError for an unknown reference, or a loss that neither law reaches.
+    """
     fit, groups = drawn.fit, {}
     common: dict[str, Any] = {"flops": flops, "confidence": confidence}
     for number, name in enumerate(fit.laws):
@@ -455,7 +408,12 @@ def sizes_record(
         "notes": list(fit.notes), "left_out": dict(left_out), "groups": groups,
     }  # fmt: skip
     if reference is not None:
-        found = multipliers(drawn, reference, loss=loss, **common)
-        record["reference"] = reference
-        record["multipliers"] = {name: {"loss": at} | plain(value) for name, (at, value) in found.items()}
+        check_reference(reference, fit.laws)
+        lowest = {name: float(fit.loss[fit.group == number].min()) for number, name in enumerate(fit.laws)}
+        found = {}
+        for name in fit.laws:
+            if name != reference:
+                at = max(lowest[name], lowest[reference]) if loss is None else loss
+                found[name] = {"loss": at} | plain(drawn.multiplier(name, reference, loss=at, **common))
+        record["reference"], record["multipliers"] = reference, found
     return plain(record)

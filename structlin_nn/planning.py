@@ -8,18 +8,19 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import structlin
-from structlin.planning import check_budget
+from structlin.planning import BudgetError, check_budget
 from structlin_nn._planned import (
     RESOURCES,
     WIDEST,
     Choice,
     Costs,
     TooLargeError,
+    device_of,
     largest_rank,
     number_of_factors,
     widest,
@@ -27,12 +28,11 @@ from structlin_nn._planned import (
 )
 from structlin_nn._text import check_integer, check_known, read_value
 from structlin_nn.counting import Device
-from structlin_nn.counting import device as find_device
 from structlin_nn.models import StructureConfig
 
 __all__ = [
-    "PREFERENCES", "RESOURCES", "UNITS", "ModelPlan", "best_plan", "iso_table", "nearest_reason", "parse_structure",
-    "plan_model", "plan_models", "plan_of",
+    "PREFERENCES", "RESOURCES", "UNITS", "ModelPlan", "best_plan", "iso_table", "parse_structure", "plan_model",
+    "plan_models", "plan_of",
 ]  # fmt: skip
 
 PREFERENCES = ("spent", "width", "params")
@@ -161,6 +161,13 @@ def plan_model(
     **sizes
         Sizes of a named model.
 
+    Raises
+    ------
+    BudgetError
+        If every choice that can be built needs more than the budget.
+    ValueError
+        If an argument is wrong, no choice can be built, or even the largest width fits.
+
     Examples
     --------
     >>> plan = plan_model("cifar-mlp", 5e6, structure="monarch", options={"blocks": 4}, multiple_of=8)
@@ -193,11 +200,9 @@ def plan_model(
     if widths is not None and len(widths) == 1 and not by_rank and all(len(v) == 1 for v in lists.values()):
         raise ValueError(f"at a given width the rank is planned, and {structure} {fixed or ''} leaves none to choose")
     StructureConfig(structure, fixed, layers=layers, rms_cap=rms_cap)
-    if isinstance(device, str):
-        device = find_device(device, activation_dtype or dtype)
     costs = Costs(
-        name, structure, fixed, sizes, layers, rms_cap, batch_size, samples, optimizer, dtype, activation_dtype, device,
-        full=not budgets.keys() <= {"forward_macs", "params"},
+        name, structure, fixed, sizes, layers, rms_cap, batch_size, samples, optimizer, dtype, activation_dtype,
+        device_of(device, activation_dtype or dtype), full=not budgets.keys() <= {"forward_macs", "params"},
     )  # fmt: skip
 
     seen: dict[Choice, float | None] = {}
@@ -242,10 +247,7 @@ def plan_model(
         raise ValueError(f"{name} with {structure} cannot be built at any of the widths")
     least = costs.quick(min(built, key=lambda choice: built[choice])) or {}
     over = max(budgets, key=lambda r: least[r] / budgets[r])
-    raise ValueError(
-        f"{name} with {structure} needs at least {_shown(least[over])} {UNITS[over]}, the budget is "
-        f"{_shown(budgets[over])}"
-    )
+    raise BudgetError(f"{name} with {structure}", least[over], UNITS[over], budgets[over])
 
 
 def plan_of(
@@ -294,14 +296,10 @@ def _numbers(key: str, given: int | Sequence[int]) -> list[int]:
     return values
 
 
-def _shown(value: float) -> str:
-    return f"{value:,.0f}" if 1 <= value < 1e15 else f"{value:.4g}"
-
-
 def plan_models(
     name: str, budget: float | Mapping[str, float], structures: Sequence[tuple[str, Mapping[str, Any]]], **settings: Any
-) -> tuple[list[ModelPlan], dict[str, str]]:
-    """Return plans of several structures for one budget, and why others have none, by ``name:option=value,...``.
+) -> tuple[list[ModelPlan], dict[str, ValueError]]:
+    """Return plans of several structures for one budget, and the errors of others, by ``name:option=value,...``.
 
     `structures` are pairs (name, options); other arguments are those of :func:`plan_model`. Ranks, cores and blocks to
     choose from apply to the structures that have them. ValueError for an error that concerns all structures.
@@ -317,11 +315,11 @@ def plan_models(
     for key in asked:
         if not any(key in structlin.structure_options(structure) for structure, _ in structures):
             raise ValueError(f"none of the structures has an option {key!r} to choose")
-    if isinstance(settings.get("device"), str):  # measured once, if it is this machine
-        settings["device"] = find_device(
-            settings["device"], settings.get("activation_dtype") or settings.get("dtype", "float32")
-        )
-    plans, left_out = [], {}
+    # Measured once, if it is this machine.
+    dtype = settings.get("activation_dtype") or settings.get("dtype", "float32")
+    settings["device"] = device_of(settings.get("device"), dtype)
+    plans: list[ModelPlan] = []
+    left_out: dict[str, ValueError] = {}
     for structure, options in structures:
         StructureConfig(structure, options)
         known = structlin.structure_options(structure)
@@ -329,25 +327,8 @@ def plan_models(
         try:
             plans.append(plan_model(name, budget, structure=structure, options=options, **own, **settings))
         except ValueError as error:
-            left_out[_label(structure, options)] = str(error)
+            left_out[_label(structure, options)] = error.with_traceback(None)  # the frames would be kept too
     return plans, left_out
-
-
-def nearest_reason(reasons: Iterable[str]) -> str:
-    """Return the reason that states the least cost relative to its budget, of those why structures have no plan.
-
-    Examples
-    --------
-    >>> needs = "{} needs at least {} parameters, the budget is 1,000"
-    >>> nearest_reason([needs.format("dense", "20,000"), needs.format("monarch", "1,200"), "a butterfly is square"])
-    'monarch needs at least 1,200 parameters, the budget is 1,000'
-    """
-
-    def excess(reason: str) -> float:
-        found = re.search(r"needs at least (\S+) .*, the budget is (\S+)$", reason)
-        return math.inf if found is None else float(found[1].replace(",", "")) / float(found[2].replace(",", ""))
-
-    return min(reasons, key=excess)
 
 
 def _label(structure: str, options: Mapping[str, Any]) -> str:
@@ -366,7 +347,7 @@ def iso_table(
     """Return plans of several structures at several budgets: equal compute, or equal time for a resource of seconds.
 
     Arguments are those of :func:`plan_models`. The result has for each budget ``budget``, ``plans`` by structure and
-    options as text (:func:`parse_structure`), and ``left_out`` with the reasons.
+    options as text (:func:`parse_structure`), and ``left_out`` with the errors.
 
     Examples
     --------
@@ -379,7 +360,7 @@ def iso_table(
         check_budget(budget)
     for budget in budgets:
         plans: dict[str, ModelPlan] = {}
-        left_out: dict[str, str] = {}
+        left_out: dict[str, ValueError] = {}
         for structure, options in structures:
             found, reasons = plan_models(name, budget, [(structure, options)], resource=resource, **settings)
             plans |= {_label(structure, options): plan for plan in found}

@@ -20,20 +20,12 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from structlin_nn import laws
 from structlin_nn._files import atomic_write
 from structlin_nn.figures.compute import compute_figure, curves_figure, sizes_figure, spent_figure
 from structlin_nn.figures.style import label
-from structlin_nn.laws import (
-    comparisons_table,
-    default_reference,
-    fit_sizes,
-    fitted_record,
-    laws_table,
-    multipliers_table,
-    sizes_record,
-    sizes_table,
-)
-from structlin_nn.tables import Row, group_rows, read_rows, select
+from structlin_nn.records import failure_of, read_record
+from structlin_nn.tables import Row, group_rows, read_rows, record_paths, select
 
 __all__ = ["RESULTS", "Run", "report", "runs_of", "write_report"]
 
@@ -164,23 +156,28 @@ def report(
     title
         Title of the page.
     """
-    rows = select(read_rows(paths, evaluations="all", unfinished=True), dict(where or {}))
+    begun, empty = _begun(record_paths(paths))
+    rows = select(read_rows(begun, evaluations="all", unfinished=True), dict(where or {}))
     tasks = list(dict.fromkeys(str(row.get("task", _task_of(row))) for row in rows))
     if y is None:
         if len(tasks) > 1 or tasks[0] not in RESULTS:
             raise ValueError(f"the records are of {', '.join(tasks)}; choose some with --where, or a result with --y")
         y = RESULTS[tasks[0]]
     groups = group_rows(rows, list(group))
-    if reference not in (None, *groups):
-        raise ValueError(f"there is no group {reference!r} to compare with; one of {', '.join(map(repr, groups))}")
+    if reference is not None:
+        laws.check_reference(reference, groups)
     runs = runs_of(groups, y)
     parts = [_HEAD.format(title=html.escape(title)), f"<h1>{html.escape(title)}</h1>"]
     parts += _summary(runs, y, rows)
     parts += _runs(runs, y)
     parts += _curves(groups, y)
-    parts += _laws(groups, runs, x, y, reference, error, floor, samples, confidence)
-    parts += _sizes(groups, runs, y, reference, samples, confidence)
+    ended = _finished(groups, runs)
+    parts += _laws(ended, x, y, reference, error=error, floor=floor, samples=samples, confidence=confidence)
+    parts += _sizes(ended, y, reference, samples, confidence)
     parts += _spent(runs)
+    parts += [
+        _note(f"left out, since the run {why} before its first evaluation: {path}") for path, why in empty.items()
+    ]
     return "\n".join([*parts, "</body>", "</html>", ""])
 
 
@@ -189,6 +186,23 @@ def write_report(path: Path, paths: Iterable[str | os.PathLike[str]], **settings
     text = report(paths, **settings)
     with atomic_write(path) as file:
         file.write(text.encode())
+
+
+def _begun(paths: Sequence[Path]) -> tuple[list[Path], dict[Path, str]]:
+    """Return the records that can be read, and why others have no evaluation; ValueError if there are only those."""
+    empty: dict[Path, str] = {}
+    for path in paths:
+        try:
+            record = read_record(path)
+        except ValueError:  # a table; or read_rows says what is wrong
+            continue
+        if not record.evaluations:
+            failure = failure_of(path.parent) if path.name == "record.jsonl" else None
+            empty[path] = "stopped" if failure is None else f"failed ({' '.join(failure.split())})"
+    begun = [path for path in paths if path not in empty]
+    if not begun:
+        raise ValueError(f"there is no evaluation yet in {', '.join(map(str, paths))}")
+    return begun, empty
 
 
 def _task_of(row: Row) -> str:
@@ -248,22 +262,18 @@ def _finished(groups: Mapping[str, Sequence[Row]], runs: Sequence[Run]) -> dict[
     return found
 
 
-def _laws(
-    groups: Mapping[str, Sequence[Row]], runs: Sequence[Run], x: str, y: str, reference: str | None,
-    error: float | None, floor: bool | float, samples: int, confidence: float,
-) -> list[str]:  # fmt: skip
+def _laws(groups: Mapping[str, Sequence[Row]], x: str, y: str, reference: str | None, **settings: Any) -> list[str]:
     parts = ["<h2>Scaling laws</h2>"]
-    fitted = partial(
-        fitted_record, _finished(groups, runs), x, y, error=error, confidence=confidence, floor=floor, samples=samples
-    )
+    floor, confidence = settings["floor"], settings["confidence"]
+    fitted = partial(laws.fitted_record, groups, x, y, **settings)
     try:
         try:
-            laws, record = fitted(reference=reference)
+            fits, record = fitted(reference=reference)
         except ValueError as problem:
             if reference is None:
                 raise
             parts.append(_note(f"nothing is compared with {reference}: {problem}"))
-            laws, record = fitted()
+            fits, record = fitted()
     except ValueError as problem:
         return [*parts, _note(f"no group can be fitted: {problem}")]
     above = " + floor" if floor is not False else ""
@@ -271,9 +281,9 @@ def _laws(
         f"<p>{_text(label(y))} = a C<sup>&minus;&alpha;</sup>{above}, C the {_text(label(x))}, fitted to the "
         f"logarithms of the runs that have ended; intervals of {100 * confidence:g} % by bootstrap.</p>"
     )
-    parts.append(_figure(compute_figure(laws, x=x, y=y, confidence=confidence), "Points, laws and their exponents."))
-    parts.append(_table(*laws_table(record, floor is not False)))
-    parts += [_note(f"{name}: {note}") for name, law in laws.items() for note in law.fit.notes]
+    parts.append(_figure(compute_figure(fits, x=x, y=y, confidence=confidence), "Points, laws and their exponents."))
+    parts.append(_table(*laws.laws_table(record, floor is not False)))
+    parts += [_note(f"{name}: {note}") for name, law in fits.items() for note in law.fit.notes]
     parts += [_note(f"{name} is not fitted: {reason}") for name, reason in record["left_out"].items()]
     if "comparisons" in record:
         parts.append(f"<h2>Less compute than {_text(record['reference'])}</h2>")
@@ -282,19 +292,18 @@ def _laws(
             parts.append(
                 f"<p>How many times less {what} at equal {_text(label(y))}, from the laws and from the points.</p>"
             )
-            parts.append(_table(*comparisons_table(compared, what)))
+            parts.append(_table(*laws.comparisons_table(compared, what)))
             parts += [_note(f"{name}: {note}") for name, row in compared.items() for note in row["notes"]]
     return parts
 
 
 def _sizes(
-    groups: Mapping[str, Sequence[Row]], runs: Sequence[Run], y: str, reference: str | None, samples: int,
-    confidence: float,
+    groups: Mapping[str, Sequence[Row]], y: str, reference: str | None, samples: int, confidence: float
 ) -> list[str]:  # fmt: skip
     """Return the law in two sizes: MACs of a sample, so that 6 N D are the FLOPs of training for every structure."""
     parts = ["<h2>Law in model and data</h2>"]
     try:
-        drawn, left_out = fit_sizes(_finished(groups, runs), "forward_macs", "samples", y, samples=samples)
+        drawn, left_out = laws.fit_sizes(groups, "forward_macs", "samples", y, samples=samples)
     except ValueError as problem:
         return [*parts, _note(f"not fitted, which needs runs of several lengths: {problem}")]
     fit = drawn.fit
@@ -307,27 +316,27 @@ def _sizes(
         parts.append(_figure(drawing, "The lowest loss of each budget, and how the law splits it."))
     except ValueError as problem:
         parts.append(_note(f"not drawn: {problem}"))
-    base = reference if reference in fit.laws else default_reference(fit.laws)
-    columns = ("forward_macs", "samples", y)
+    base = reference if reference in fit.laws else laws.default_reference(fit.laws)
+    recorded = partial(
+        laws.sizes_record, drawn, left_out, columns=("forward_macs", "samples", y), confidence=confidence
+    )
     try:
-        record = sizes_record(drawn, left_out, columns=columns, reference=base, confidence=confidence)
+        record = recorded(reference=base)
     except ValueError as problem:  # no optimum, since an exponent or a coefficient is 0
-        record = sizes_record(drawn, left_out, columns=columns, reference=None, confidence=confidence)
+        record = recorded()
         parts.append(_note(f"nothing is compared with {base}: {problem}"))
-    parts.append(_table(*sizes_table(record)))
+    parts.append(_table(*laws.sizes_table(record)))
     if "multipliers" in record:
-        parts.append(_table(*multipliers_table(record)))
+        parts.append(_table(*laws.multipliers_table(record)))
     parts += [_note(note) for note in fit.notes]
     parts += [_note(f"{name} is not fitted: {reason}") for name, reason in left_out.items()]
     return parts
 
 
 def _spent(runs: Sequence[Run]) -> list[str]:
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.group, []).append(run)
     cells = []
-    for name, own in groups.items():
+    for name in dict.fromkeys(run.group for run in runs):
+        own = [run for run in runs if run.group == name]
         planned: list[float] = [run.planned for run in own if run.planned is not None]
         whole, total = len(planned) == len(own), sum(planned)
         spent = sum(run.spent for run in own)
@@ -344,8 +353,8 @@ def _spent(runs: Sequence[Run]) -> list[str]:
     if any(run.rate for run in runs):
         text = (
             "Left, FLOPs spent against FLOPs planned, run by run: on the line the plan was kept. Right, what a second "
+            "of training did."
         )
-        text += "of training did."
         parts.append(_figure(spent_figure(runs), text))
     if unfinished := [run for run in runs if not run.finished]:
         names = ", ".join(Path(run.record).name for run in unfinished)
@@ -361,9 +370,7 @@ def _figure(figure: Figure, caption: str) -> str:
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]
     prefix = f"f{hashlib.sha256(svg.encode()).hexdigest()[:8]}-"
-    svg = re.sub(r'\bid="', f'id="{prefix}', svg)
-    svg = re.sub(r"url\(#", f"url(#{prefix}", svg)
-    svg = re.sub(r'href="#', f'href="#{prefix}', svg)
+    svg = re.sub(r'\bid="|url\(#|href="#', lambda found: found[0] + prefix, svg)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(caption, quote=True)}" ', 1)
     return f"<figure>{svg}<figcaption>{_text(caption)}</figcaption></figure>"

@@ -33,6 +33,9 @@ THRESHOLD = 0.33
 half or more in theory. Slopes are less clear for small widths, few seeds, and ranks that are roots of the width."""
 RATES = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.05, "muon": 0.02}
 """Learning rates at base width, so small that changes are linear in them. Muon's other parameters have Adam's rate."""
+_OPTIMIZERS: dict[str, Any] = {
+    "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "muon": Muon,
+}  # fmt: skip
 _LAYERS = (StructuredLinear, ExpertLayers, nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
 
 Made = nn.Module | tuple[nn.Module, Any]
@@ -110,10 +113,9 @@ def check_scale(
         left out if the model has ``example_input(batch)``, as :mod:`structlin_nn.models` do.
     widths
         Two or more widths, ascending.
-    base
-        The model at base width, which learning rates are relative to (:func:`structlin_nn.torch.parameter_groups`).
-    base_width, model
-        That width, and the name of the model, for the report.
+    base, base_width, model
+        The model at base width, which learning rates are relative to (:func:`structlin_nn.torch.parameter_groups`);
+        that width, and the name of the model, for the report.
     optimizer
         ``adam``, ``adamw``, ``sgd`` or ``muon`` (:class:`structlin_nn.torch.Muon`).
     lr
@@ -134,20 +136,19 @@ def check_scale(
     """
     _check(widths, optimizer, lr, threshold, steps=steps, seeds=seeds, batch_size=batch_size)
     rate = RATES[optimizer] if lr is None else lr
-    chosen = {"structure_aware": structure_aware, "extra_multipliers": extra_multipliers, "rules": rules}
-    measured: dict[str, np.ndarray] = {}  # (1 + steps, widths, seeds)
-    for position, width in enumerate(widths):
+    rule: dict[str, Any] = {"structure_aware": structure_aware, "extra_multipliers": extra_multipliers, "rules": rules}
+    runs: list[dict[str, list[float]]] = []  # by width and seed
+    for width in widths:
         for seed in range(seeds):
-            found = _run(build, width, base, seed, optimizer, rate, steps, batch_size, chosen)
-            if measured and found.keys() != measured.keys():
+            found = _run(build, width, base, seed, optimizer, rate, steps, batch_size, rule)
+            if runs and found.keys() != runs[0].keys():
                 raise ValueError(
-                    f"the layers at width {width} are {', '.join(found)}, and at {widths[0]} {', '.join(measured)}"
+                    f"the layers at width {width} are {', '.join(found)}, and at {widths[0]} {', '.join(runs[0])}"
                 )
-            for name, values in found.items():
-                rms = measured.setdefault(name, np.empty((1 + steps, len(widths), seeds)))
-                rms[:, position, seed] = values
+            runs.append(found)
     layers = []
-    for name, rms in measured.items():
+    for name in runs[0]:
+        rms = np.array([run[name] for run in runs]).T.copy().reshape(1 + steps, len(widths), seeds)
         with np.errstate(divide="ignore"):
             initial, *change = np.exp(np.log(rms).mean(-1)).tolist()  # geometric means over seeds
         slopes = _slope(widths, initial), _slope(widths, change[-1])
@@ -172,22 +173,18 @@ def _check(widths: Sequence[int], optimizer: str, lr: float | None, threshold: f
 
 def _run(
     build: Builder, width: int, base: nn.Module, seed: int, optimizer: str, lr: float, steps: int, batch_size: int,
-    chosen: Mapping[str, Any],
+    rule: Mapping[str, Any],
 ) -> dict[str, list[float]]:  # fmt: skip
     """Return, for each layer, the RMS of its outputs at initialisation, and of their change after each step."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, inputs = with_inputs(build(width), batch_size, width)
     model.train(False)  # without dropout, the same inputs give the same outputs
-    rule: dict[str, Any] = {"optimizer": optimizer, **chosen}
     trained = [(m, p) for m in model.modules() for p in m.parameters(recurse=False) if p.requires_grad]
-    if optimizer == "muon" and any(p.ndim < 2 or isinstance(m, nn.Embedding) for m, p in trained):
-        rule["adam_lr"] = RATES["adam"]
-    groups = parameter_groups(model, base, lr=lr, **rule)
-    kinds: dict[str, Any] = {
-        "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "muon": Muon,
-    }  # fmt: skip
-    updates = kinds[optimizer](groups, lr=lr)
+    mixed = optimizer == "muon" and any(p.ndim < 2 or isinstance(m, nn.Embedding) for m, p in trained)
+    more: dict[str, Any] = {"adam_lr": RATES["adam"]} if mixed else {}
+    groups = parameter_groups(model, base, lr=lr, optimizer=optimizer, **rule, **more)
+    updates = _OPTIMIZERS[optimizer](groups, lr=lr)
     with _outputs(model) as noted:
         logits = logits_of(model, inputs)
         generator = torch.Generator().manual_seed(seed)

@@ -44,11 +44,12 @@ def record_paths(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
 
 def failed_runs(paths: Iterable[str | os.PathLike[str]]) -> dict[Path, str]:
     """Return the records of the runs of sweeps that failed, among :func:`record_paths`, with the errors of the runs."""
-    found = {}
-    for path in record_paths(paths):
-        if path.name == "record.jsonl" and (reason := failure_of(path.parent)) is not None and not _ended(path):
-            found[path] = reason
-    return found
+    reasons = {path: _failure(path) for path in record_paths(paths)}
+    return {path: reason for path, reason in reasons.items() if reason is not None and not _ended(path)}
+
+
+def _failure(path: Path) -> str | None:
+    return failure_of(path.parent) if path.name == "record.jsonl" else None
 
 
 def _ended(path: Path) -> bool:
@@ -81,11 +82,10 @@ def read_rows(
     [{'structure': 'dense', 'macs': 1000000.0, 'error': 0.5}, {'structure': 'monarch', 'macs': 2000000.0}]
     """
     check_known("evaluations", evaluations, EVALUATIONS)
-    rows: list[Row] = []
-    for path in record_paths(paths):
-        rows += _rows_of(path, evaluations, unfinished)
+    files = record_paths(paths)
+    rows = [row for path in files for row in _rows_of(path, evaluations, unfinished)]
     if not rows:
-        raise ValueError(f"there are no rows in {', '.join(map(str, record_paths(paths)))}")
+        raise ValueError(f"there are no rows in {', '.join(map(str, files))}")
     return rows
 
 
@@ -125,7 +125,7 @@ def _from_record(path: Path, record: Record, evaluations: str, unfinished: bool)
     if not record.evaluations:
         raise ValueError(f"{path} holds no evaluation yet")
     if not record.finished and not unfinished:
-        failure = failure_of(path.parent) if path.name == "record.jsonl" else None
+        failure = _failure(path)
         ended = "stopped" if failure is None else f"failed ({failure})"
         raise ValueError(
             f"{path}: the run {ended} after step {record.evaluations[-1]['step']} of {header['counts']['steps']}; "
@@ -199,18 +199,20 @@ def group_rows(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[Row]
     >>> list(group_rows(rows, ["structure", "rank"]))
     ['dense', 'low_rank, rank 2']
     """
-    for name in names:
-        if not any(name in row for row in rows):
-            _lookup(rows[0], name)
+    _check_columns(rows, names)
     found: dict[str, list[Row]] = {}
     for row in rows:
-        parts = [
-            str(row[name]) if number == 0 else f"{name} {row[name]}"
-            for number, name in enumerate(names)
-            if row.get(name) is not None
-        ]
+        known = [(number, name) for number, name in enumerate(names) if row.get(name) is not None]
+        parts = [f"{name} {row[name]}" if number else str(row[name]) for number, name in known]
         found.setdefault(", ".join(parts) or "all", []).append(row)
     return found
+
+
+def _check_columns(rows: Sequence[Row], names: Iterable[str]) -> None:
+    """Raise ValueError for a column that no row has."""
+    for name in names:
+        if rows and not any(name in row for row in rows):
+            _lookup(rows[0], name)
 
 
 def select(rows: Sequence[Row], conditions: Mapping[str, str]) -> list[Row]:
@@ -218,9 +220,7 @@ def select(rows: Sequence[Row], conditions: Mapping[str, str]) -> list[Row]:
 
     ValueError for a column that no row has, or if no row has the values.
     """
-    for name in conditions:
-        if rows and not any(name in row for row in rows):
-            _lookup(rows[0], name)
+    _check_columns(rows, conditions)
     kept = [row for row in rows if all(_reads(row.get(name), value) for name, value in conditions.items())]
     if not kept:
         wanted = ", ".join(f"{name}={value}" for name, value in conditions.items())

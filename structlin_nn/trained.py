@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from structlin_nn._shards import read_tensors
 from structlin_nn.checkpoints import checkpoints, read_checkpoint
-from structlin_nn.models.files import TIMM_OPTIONS, build_dense, build_of, load_model, make_timm
+from structlin_nn.models.files import TIMM_OPTIONS, build_dense, build_of, load_gpt2, load_model, make_timm
 from structlin_nn.records import read_record
 from structlin_nn.torch._layout import changes, layout_of
 from structlin_nn.torch.files import PlainFileError, check_entries, digest, read_structured
@@ -81,9 +81,9 @@ class TrainedModel:
         """Return images (batch, 3, height, width) normalised for the model, from those normalised for ImageNet."""
         if self.scale is None:
             return images
-        ours = [torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)]
-        mean, deviation = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in self.scale)
-        return (images * ours[1] + ours[0] - mean) / deviation
+        both = (IMAGENET_MEAN, IMAGENET_STD, *self.scale)
+        mean, deviation, own_mean, own = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in both)
+        return (images * deviation + mean - own_mean) / own
 
 
 def open_trained(
@@ -127,8 +127,6 @@ def open_trained(
     if is_run:
         return _run(place, average)
     if published:
-        from structlin_nn.models.files import load_gpt2
-
         gpt2 = load_gpt2(place, untie=untie)
         return TrainedModel(gpt2, build_of(gpt2), place.name)
     if place.is_file() and place.suffix == ".safetensors":

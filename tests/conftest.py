@@ -17,6 +17,8 @@ from hypothesis import settings
 
 jax.config.update("jax_enable_x64", True)
 
+pytest.register_assert_rewrite("helpers")
+
 settings.register_profile("few", max_examples=12)
 
 _OWN = "STRUCTLIN_CACHE" not in os.environ
@@ -55,14 +57,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("covering") and not item.get_closest_marker("slow"):
             functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for cases in functions.values():
-        values = [tuple(case.callspec._idlist) for case in cases]  # one for each parametrize
+        values = [drawn(case) for case in cases]
         kept = covered(values, cases[0].get_closest_marker("covering").args[0])
         for number, case in enumerate(cases):
             if number not in kept:
                 case.add_marker(pytest.mark.slow)
 
 
-def covered(cases: Sequence[tuple[str, ...]], strength: int) -> set[int]:
+def drawn(case: Any) -> tuple[Any, ...]:
+    """What each parametrize, and each fixture with parameters, gives a case; values are told apart as objects."""
+    left = {name: id(value) for name, value in case.callspec.params.items()}
+    names = [mark.args[0] for mark in case.iter_markers("parametrize")]
+    groups = [group.replace(" ", "").split(",") if isinstance(group, str) else group for group in names]
+    return (*(tuple(left.pop(name) for name in group) for group in groups), *left.values())
+
+
+def covered(cases: Sequence[tuple[Any, ...]], strength: int) -> set[int]:
     """Return the numbers of cases in which all combinations of ``strength`` values occur, chosen greedily.
 
     Of equally good cases, it takes the one whose values and pairs of values have been taken least.
@@ -92,7 +102,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(Path(tempfile.gettempdir()) / f"structlin-tests-{run}", ignore_errors=True)
 
 
-# Repairs the import of torchvision, here and in the processes that tests start.
-_CHILDREN = str(Path(__file__).parent / "child_processes")
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_CHILDREN, os.environ.get("PYTHONPATH"))))
+# Repairs the import of torchvision, here and in the processes that tests start, which may import helpers too.
+_CHILDREN, _SUPPORT = (str(Path(__file__).parent / name) for name in ("child_processes", "support"))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_CHILDREN, _SUPPORT, os.environ.get("PYTHONPATH"))))
 _REPAIR = runpy.run_path(str(Path(_CHILDREN, "sitecustomize.py")))  # kept, for the operators live as long as it does

@@ -1,6 +1,6 @@
 """The documentation builds, with warnings as errors, and has a page for each structure; its pictures show facts."""
 
-import importlib.util
+import importlib
 import math
 import subprocess
 import sys
@@ -20,12 +20,7 @@ PNG = b"\x89PNG"
 
 @pytest.fixture(scope="module")
 def pictures() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs" / "pictures.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("pictures")
 
 
 @pytest.mark.parametrize("name", ["einsum-space", "packages"])

@@ -29,44 +29,20 @@ MAX_LINES = 600
 MAX_IMPORT_SECONDS = 0.5
 DATA_SUFFIXES = {".json", ".jsonl", ".csv", ".npz", ".png", ".svg"}
 # Import names that differ from the name of the distribution. plum comes with cola-ml, which pins it.
-OPTIONAL = (
-    "structlin_nn/torch/peft.py",
-    "structlin_nn/torch/transformers.py",
-    "structlin/execution/fused/_kernels.py",
-)
-DISTRIBUTIONS = {
-    "PIL": "pillow",
-    "cola": "cola-ml",
-    "orbax": "orbax-checkpoint",
-    "plum": "cola-ml",
-    "opt_einsum": "opt-einsum",
-}
+OPTIONAL = ("structlin_nn/torch/peft.py", "structlin_nn/torch/transformers.py", "structlin/execution/fused/_kernels.py")
+DISTRIBUTIONS = {"PIL": "pillow", "cola": "cola-ml", "orbax": "orbax-checkpoint", "plum": "cola-ml"}
 TRAINING_MODULES = {
-    "PIL",
-    "flax",
-    "matplotlib",
-    "optax",
-    "pandas",
-    "safetensors",
-    "structlin_nn",
-    "timm",
-    "torchvision",
-    "tqdm",
+    "PIL", "flax", "matplotlib", "optax", "pandas", "safetensors", "structlin_nn", "timm", "torchvision", "tqdm",
     "tyro",
-}
+}  # fmt: skip
 
 
 def repository_files() -> list[Path]:
     """Files that are tracked, or would be by `git add .`; relative to the root."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("needs a git checkout to tell the project's files from others")
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     return sorted(path for name in listed.split("\0") if name and (ROOT / (path := Path(name))).is_file())
 
 
@@ -205,9 +181,9 @@ class TestRequirements:
     def test_cover_every_import(self, config: configparser.ConfigParser, folder: str, extras: tuple[str, ...]) -> None:
         declared = {canonicalize_name(r.name) for extra in extras for r in requirements(config)[extra]}
         files = sources(folder)
-        # Tests also import the scripts of docs/ and benchmarks/.
+        # Tests also import the scripts of docs/ and benchmarks/, and what they share.
         scripts = [*files, *sources("docs"), *sources("benchmarks")] if folder == "tests" else []
-        local = {*PACKAGES, *(path.stem for path in scripts)}
+        local = {*PACKAGES, "helpers", *(path.stem for path in scripts)}
         undeclared = {
             (path.as_posix(), module)
             for path in files
@@ -227,27 +203,12 @@ class TestRequirements:
             if at_import and module in ("torch", "jax")
         }
         # Modules for one library alone, which are themselves imported only where they are used.
-        modules = {
-            "structlin.execution.blocks": "torch",
-            "structlin.execution.torch_ways": "torch",
-            "structlin.execution.torch_cpu": "torch",
-            "structlin.execution._guard": "torch",
-            "structlin.execution._memory": "torch",
-            "structlin.execution._gradients": "torch",
-            "structlin.execution.token_major": "torch",
-            "structlin.execution.batched": "torch",
-            "structlin.execution._ordered": "torch",
-            "structlin.execution.chunked": "torch",
-            "structlin.execution.strided": "torch",
-            "structlin.execution.torch_cuda": "torch",
-            "structlin.execution.traffic": "torch",
-            "structlin.execution.fused": "torch",
-            "structlin.execution.compiled.passes": "torch",
-            "structlin.execution.compiled.stored": "torch",
-            "structlin.execution.jax_ways": "jax",
-            "structlin.execution.jax_cpu": "jax",
-            "structlin.execution.compiled.xla": "jax",
+        alone = {
+            "torch": "blocks torch_ways torch_cpu _guard _memory _gradients token_major batched _ordered chunked "
+            "strided torch_cuda traffic fused compiled.passes compiled.stored",
+            "jax": "jax_ways jax_cpu compiled.xla",
         }
+        modules = {f"structlin.execution.{name}": lib for lib, names in alone.items() for name in names.split()}
         files = {name: Path(*name.split(".")) for name in modules}
         paths = {n: p / "__init__.py" if (ROOT / p).is_dir() else p.with_suffix(".py") for n, p in files.items()}
         assert eager == {(paths[name].as_posix(), library) for name, library in modules.items()}
@@ -280,14 +241,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.Path:
         if path.parts[0] in PACKAGES or len(path.parts) == 1:
             (copy / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / path, copy / path)
-    options = [
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "--no-cache-dir",
-        "--wheel-dir",
-        "wheels",
-    ]
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--no-cache-dir", "--wheel-dir", "wheels"]
     command = [sys.executable, "-m", "pip", "wheel", *options, "."]
     built = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr

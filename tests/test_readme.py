@@ -161,14 +161,9 @@ def run_in_new_process(document: Path, folder: Path) -> subprocess.CompletedProc
         "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join([str(Path(spec.origin).parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
-    return subprocess.run(
-        [sys.executable, "-P", __file__, str(document)],
-        cwd=folder / "work",
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-P", __file__, str(document)]
+    pipes = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    return subprocess.run(command, cwd=folder / "work", env=environment, **pipes)
 
 
 def name_of(document: Path) -> str:
@@ -195,14 +190,8 @@ def test_readme_states_the_test_command_that_ci_runs() -> None:
     command = marked[0].text
     assert 'pip install -c constraints.txt ".[train,jax,vision,text,peers,test]"' in command
     assert re.search(r"\bpytest\b", command)
-    printed = subprocess.run(
-        [ROOT / ".ci" / "run", "--print-command"],
-        env={**os.environ, "PYTHON": sys.executable},
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert printed.stdout == command
+    environment = {**os.environ, "PYTHON": sys.executable}
+    assert subprocess.check_output([ROOT / ".ci" / "run", "--print-command"], env=environment, text=True) == command
 
 
 class TestThisTest:

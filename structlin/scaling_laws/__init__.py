@@ -26,18 +26,24 @@ from structlin.scaling_laws._allocation import (
     fit_envelope,
     fit_isoflop,
 )
-from structlin.scaling_laws._bootstrap import METHODS, Bootstrap, Estimate
 from structlin.scaling_laws._compare import (
     Multiplier,
-    cheapest,
     compare_exponents,
     compute_multiplier,
     interpolated_multiplier,
 )
 from structlin.scaling_laws._frontier import pareto_frontier
-from structlin.scaling_laws._law import LOSSES, PowerLaw, PowerLawFit, fit_power_law
-from structlin.scaling_laws._loss_bootstrap import LossBootstrap
-from structlin.scaling_laws._loss_law import FLOPS, TERMS, LossLaw, LossLawFit, Optimum, fit_loss_law, lacks_sizes
+from structlin.scaling_laws._law import LOSSES, METHODS, Bootstrap, Estimate, PowerLaw, PowerLawFit, fit_power_law
+from structlin.scaling_laws._loss_law import (
+    FLOPS,
+    TERMS,
+    LossBootstrap,
+    LossLaw,
+    LossLawFit,
+    Optimum,
+    fit_loss_law,
+    lacks_sizes,
+)
 
 __all__ = [
     "FLOPS",
@@ -57,7 +63,6 @@ __all__ = [
     "Parabola",
     "PowerLaw",
     "PowerLawFit",
-    "cheapest",
     "compare_exponents",
     "compute_multiplier",
     "fit_envelope",

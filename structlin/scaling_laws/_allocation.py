@@ -11,10 +11,12 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from structlin.scaling_laws._bootstrap import Estimate
-from structlin.scaling_laws._loss_law import FLOPS, _positive
+from structlin.scaling_laws._frontier import positive
+from structlin.scaling_laws._law import Estimate
+from structlin.scaling_laws._loss_law import FLOPS
 
 Array = npt.NDArray[Any]
+_BUDGETS = 2000  # at which the curves of an envelope are compared
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def fit_isoflop(
     >>> round(found.allocation.exponent, 3), round(law.allocation, 3)
     (0.452, 0.452)
     """
-    n, c, y = (_positive(name, v) for name, v in (("params", params), ("compute", compute), ("loss", loss)))
+    n, c, y = (positive(name, v) for name, v in (("params", params), ("compute", compute), ("loss", loss)))
     if not len(n) == len(c) == len(y):
         raise ValueError(f"params, compute and loss must be of equal length, got {len(n)}, {len(c)} and {len(y)}")
     if not (math.isfinite(tolerance) and tolerance > 0):
@@ -192,7 +194,7 @@ def _by_budget(compute: Array, budgets: npt.ArrayLike | None, tolerance: float) 
     if budgets is None:
         order = np.argsort(compute, kind="stable")
         return np.split(order, np.flatnonzero(np.diff(logs[order]) > width) + 1)
-    given = np.sort(np.log(_positive("budgets", budgets)))
+    given = np.sort(np.log(positive("budgets", budgets)))
     distance = np.abs(logs[:, None] - given)
     nearest = np.where(distance.min(axis=1) <= width, distance.argmin(axis=1), -1)
     return [own for number in range(len(given)) if len(own := np.flatnonzero(nearest == number))]
@@ -218,15 +220,12 @@ class Envelope:
     allocation: Allocation
 
 
-def fit_envelope(
-    curves: Sequence[tuple[float, npt.ArrayLike, npt.ArrayLike]], *, flops: float = FLOPS, grid: int = 2000
-) -> Envelope:
+def fit_envelope(curves: Sequence[tuple[float, npt.ArrayLike, npt.ArrayLike]], *, flops: float = FLOPS) -> Envelope:
     """Find the run with the lowest loss at each compute budget, and fit the law of its size (approach 1).
 
-    Each training curve is interpolated linearly in the logarithm of compute. The curves are compared at ``grid``
-    budgets with equal ratios. A run that is the best at some budgets counts once, with the geometric mean of these
-    budgets. If there are four or more such runs, the first and the last are left out, because the data limit their
-    ranges.
+    Each training curve is interpolated linearly in the logarithm of compute. The curves are compared at 2000 budgets
+    with equal ratios. A run that is the best at some budgets counts once, with the geometric mean of these budgets. If
+    there are four or more such runs, the first and the last are left out, because the data limit their ranges.
 
     Parameters
     ----------
@@ -236,8 +235,6 @@ def fit_envelope(
         the final loss of a run of that length.
     flops
         Training FLOPs for each unit of N times D (:meth:`LossLaw.optimum`).
-    grid
-        Number of budgets.
 
     Returns
     -------
@@ -255,7 +252,7 @@ def fit_envelope(
     """
     lines = []
     for number, (size, tokens, loss) in enumerate(curves):
-        (n,), t, y = _positive("params", [size]), _positive("tokens", tokens), _positive("loss", loss)
+        (n,), t, y = positive("params", [size]), positive("tokens", tokens), positive("loss", loss)
         if len(t) != len(y) or not (np.diff(t) > 0).all():
             raise ValueError(
                 f"run {number}: tokens must ascend, with one loss for each, got {len(t)} tokens and {len(y)} losses"
@@ -264,7 +261,7 @@ def fit_envelope(
     if not lines:
         raise ValueError("curves is empty; give one (params, tokens, loss) for each run")
     low, high = min(x[0] for _, x, _ in lines), max(x[-1] for _, x, _ in lines)
-    at = np.linspace(low, high, grid)
+    at = np.linspace(low, high, _BUDGETS)
     values = np.array([np.interp(at, x, y, left=np.inf, right=np.inf) for _, x, y in lines])
     covered = np.isfinite(values).any(axis=0)
     at, winner = at[covered], values[:, covered].argmin(axis=0)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from structlin.scaling_laws._bootstrap import Bootstrap, Estimate, estimate
 from structlin.scaling_laws._frontier import as_points, pareto_frontier
-from structlin.scaling_laws._law import compute_at
+from structlin.scaling_laws._law import Bootstrap, Estimate, compute_at, estimate, ratio
 
 
 def compare_exponents(a: Bootstrap, b: Bootstrap, confidence: float = 0.95) -> Estimate:
@@ -105,14 +104,8 @@ def compute_multiplier(a: Bootstrap, b: Bootstrap, error: float | None = None, c
             )
         error = lowest
     ours, theirs = (float(compute_at(s.fit.law.parameters, error)) for s in (a, b))
-    if math.isinf(ours) and math.isinf(theirs):
-        raise ValueError(f"neither law reaches an error of {error:g}")
-    with np.errstate(invalid="ignore"):
-        drawn = compute_at(_shuffled(b), error) / compute_at(a.draws, error)
-    drawn = drawn[~np.isnan(drawn)]
-    if not len(drawn):
-        raise ValueError(f"no draw of the two laws reaches an error of {error:g}")
-    found = estimate(theirs / ours, drawn, confidence)
+    draws = compute_at(a.draws, error), compute_at(_shuffled(b), error)
+    found = ratio((ours, theirs), draws, f"an error of {error:g}", confidence)
     return Multiplier(found.value, found.low, found.high, confidence, error, not lowest <= error <= highest)
 
 
@@ -216,38 +209,3 @@ def _shuffled(s: Bootstrap) -> np.ndarray:
 def _check_draws(a: Bootstrap, b: Bootstrap) -> None:
     if len(a.draws) != len(b.draws):
         raise ValueError(f"both bootstraps must have the same number of draws, got {len(a.draws)} and {len(b.draws)}")
-
-
-def cheapest(laws: Mapping[str, Bootstrap], error: float, confidence: float = 0.95) -> dict[str, Estimate]:
-    """Return the compute that each law needs to reach an error, in ascending order.
-
-    Parameters
-    ----------
-    laws
-        Bootstrap of each law, by name.
-    error
-        Error to reach.
-    confidence
-        Level of confidence of the intervals.
-
-    Returns
-    -------
-    dict of str to Estimate
-        Compute by name; infinite if the law never reaches the error.
-
-    Examples
-    --------
-    >>> from structlin.scaling_laws import fit_power_law
-    >>> compute, noise = np.logspace(6, 9, 6), np.array([1, 1.01, 0.99, 1.01, 0.99, 1])
-    >>> laws = {
-    ...     name: fit_power_law(compute, 2 * compute**-a * noise).bootstrap(100)
-    ...     for name, a in {"dense": 0.1, "btt": 0.12}.items()
-    ... }
-    >>> list(cheapest(laws, error=0.2))
-    ['btt', 'dense']
-    """
-    found = {
-        name: estimate(float(compute_at(law.fit.law.parameters, error)), compute_at(law.draws, error), confidence)
-        for name, law in laws.items()
-    }
-    return dict(sorted(found.items(), key=lambda item: item[1].value))

@@ -19,28 +19,30 @@ class Problem:
     The terms of a point are ``p[index[group]]``, in the order log E, log A, alpha, log B, beta. Both coefficients are
     taken at the geometric mean of the sizes (``centre``), where they are nearly independent of the exponents.
 
-    Parameters
-    ----------
-    n, d
-        Logarithms of both sizes minus their means, shape (points,).
-    y
-        Logarithm of the ratio of the loss to the smallest loss, shape (points,).
-    group
-        Index of the group of each point, shape (points,).
-    index
-        Index of each term in the parameters, shape (groups, 5).
-    delta
-        Threshold of the Huber loss.
+    `n`, `d` and `y` are the logarithms of both sizes and of the loss, and `group` the index of the group of each point,
+    of shape (points,). As attributes, the logarithms are relative to `centre`: the means of the sizes, and the smallest
+    loss. `index` is the index of each term in the parameters, shape (groups, 5), and `delta` the threshold of the Huber
+    loss.
     """
 
     def __init__(self, n: Array, d: Array, y: Array, group: Array, index: Array, delta: float) -> None:
-        self.n, self.d, self.y, self.group, self.index, self.delta = n, d, y, group, index, delta
+        self.centre = n.mean(), d.mean(), y.min()
+        self.n, self.d, self.y = n - self.centre[0], d - self.centre[1], y - self.centre[2]
+        self.group, self.index, self.delta = group, index, delta
         self.size = int(index.max()) + 1
         kinds = np.empty(self.size, dtype=int)
         kinds[index.ravel()] = np.tile(np.arange(5), len(index))
         exponent = np.isin(kinds, (2, 4))
         self.lower = np.where(exponent, 0.0, _LEAST)
-        self.upper = np.where(exponent, MAX_EXPONENT, np.where(kinds == 0, float(y.max()), -_LEAST))
+        self.upper = np.where(exponent, MAX_EXPONENT, np.where(kinds == 0, float(self.y.max()), -_LEAST))
+
+    def natural(self, p: Array) -> Array:
+        """Convert parameters, shape (k, size), to those of the laws, shape (k, groups, 5)."""
+        q = p[:, self.index].copy()
+        q[..., 1] += q[..., 2] * self.centre[0]
+        q[..., 3] += q[..., 4] * self.centre[1]
+        q[..., (0, 1, 3)] += self.centre[2]
+        return q
 
     def logs(self, p: Array) -> tuple[Array, Array, Array]:
         """Return the logarithms of the three terms at every point, for parameters of shape (k, size)."""
@@ -79,17 +81,8 @@ class Problem:
         The method is iteratively reweighted least squares: damped Gauss-Newton steps on a quadratic upper bound of the
         Huber loss. A step is accepted if the objective decreases. All problems are computed at once.
 
-        Parameters
-        ----------
-        start
-            Initial parameters, shape (k, size).
-        y, weights
-            Data and weights: shape (points,) for all starts, or (k, points).
-
-        Returns
-        -------
-        tuple of Array
-            Parameters and objective, of shapes (k, size) and (k,).
+        `y` and `weights`, of shape (points,) for all starts or (k, points), replace the data and the weights 1. Returns
+        parameters and objective, of shapes (k, size) and (k,).
         """
         k = len(start)
         data = np.broadcast_to(self.y if y is None else y, (k, len(self.y)))

@@ -1,4 +1,4 @@
-"""The Pareto frontier of compute and error."""
+"""Checked points, and the Pareto frontier of compute and error."""
 
 from __future__ import annotations
 
@@ -52,3 +52,14 @@ def as_points(compute: npt.ArrayLike, error: npt.ArrayLike) -> tuple[npt.NDArray
                 f"{name} must not contain NaN, got one at index {int(np.flatnonzero(np.isnan(values))[0])}"
             )
     return x, y
+
+
+def positive(name: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
+    """Return values as a float64 vector; ValueError unless all are positive and finite."""
+    found = np.atleast_1d(np.asarray(values, dtype=np.float64))
+    if found.ndim != 1:
+        raise ValueError(f"{name} must have shape (n,), got {found.shape}")
+    if not (np.isfinite(found) & (found > 0)).all():
+        bad = found[~(np.isfinite(found) & (found > 0))][0]
+        raise ValueError(f"{name} must be positive and finite to have a logarithm, got {bad:g}")
+    return found

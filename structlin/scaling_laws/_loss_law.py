@@ -1,21 +1,19 @@
-"""The law of the loss in the sizes of model and data, for one or several structures (Hoffmann et al. 2022)."""
+"""The law of the loss in the sizes of model and data, for one or several structures, and its bootstrap."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import nnls
 
 from structlin.scaling_laws._descent import MAX_EXPONENT, Problem
-from structlin.scaling_laws._law import PowerLaw
-
-if TYPE_CHECKING:
-    from structlin.scaling_laws._loss_bootstrap import LossBootstrap
+from structlin.scaling_laws._frontier import positive
+from structlin.scaling_laws._law import Estimate, PowerLaw, check_samples, compute_at, estimate, ratio
 
 Array = npt.NDArray[Any]
 TERMS = ("E", "A", "alpha", "B", "beta")
@@ -220,9 +218,177 @@ class LossLawFit:
         ValueError
             If the method is unknown or there are fewer than two samples.
         """
-        from structlin.scaling_laws._loss_bootstrap import bootstrap_loss
+        check_samples(method, samples)
+        generator = np.random.default_rng(seed)
+        problem = self.problem
+        n, freedom = len(self.loss), len(self.loss) - self.free_parameters
+        spread = np.sqrt(n / generator.chisquare(freedom, size=(samples, 1)))
+        start = np.broadcast_to(self.point, (samples, problem.size))
+        if method == "cases":
+            weights = np.zeros((samples, n))
+            for number in range(len(self.laws)):
+                own = np.flatnonzero(self.group == number)
+                weights[:, own] = generator.multinomial(len(own), np.full(len(own), 1 / len(own)), size=samples)
+            ends = problem.solve(start, weights=weights)[0]
+            ends = np.clip(self.point + spread * (ends - self.point), problem.lower, problem.upper)
+        else:
+            if method == "parametric":
+                moved = np.sqrt(np.square(self.residuals).mean()) * generator.standard_normal((samples, n))
+            else:
+                # A fit close to least absolute deviations passes through as many points as it has parameters. Their
+                # residuals of 0 say nothing about the spread of the runs.
+                kept = np.argsort(np.abs(self.residuals))[self.free_parameters :]
+                moved = math.sqrt(freedom / n) * generator.choice(self.residuals[kept], size=(samples, n))
+            ends = problem.solve(start, problem.predicted(self.point[None]) + spread * moved)[0]
+        found = problem.natural(ends)
+        return LossBootstrap(self, {name: found[:, k] for k, name in enumerate(self.laws)}, method, seed)
 
-        return bootstrap_loss(self, samples, seed=seed, method=method)
+
+@dataclass(frozen=True)
+class LossBootstrap:
+    r"""Laws fitted to resampled data, all groups together.
+
+    There are three methods. Let n be the number of points, p that of parameters, and :math:`\chi^2_{n-p}` a random
+    number with the chi-squared distribution.
+
+    - ``residuals`` adds residuals drawn with replacement to the logarithms of the law, scaled by
+      :math:`\sqrt{(n - p) / \chi^2_{n-p}}`. The p smallest residuals are left out: a fit that is close to least
+      absolute deviations passes through p points.
+    - ``parametric`` adds normal errors with the standard deviation of the residuals, scaled by
+      :math:`\sqrt{n / \chi^2_{n-p}}`. Outliers widen the intervals.
+    - ``cases`` draws points with replacement in each group. The change of the parameters is scaled by
+      :math:`\sqrt{n / \chi^2_{n-p}}`.
+
+    Without these factors the intervals are too narrow for few points, like those of a normal distribution in place of
+    Student's t.
+
+    Attributes
+    ----------
+    fit
+        The fit to the original data.
+    draws
+        For each group, log E, log A, alpha, log B and beta of the law of each sample, shape (samples, 5).
+    method, seed
+        As given to :meth:`LossLawFit.bootstrap`.
+    """
+
+    fit: LossLawFit
+    draws: dict[str, Array] = field(repr=False)
+    method: str
+    seed: int
+
+    def term(self, name: str, group: str | None = None, confidence: float = 0.95) -> Estimate:
+        """Return the term E, A, alpha, B or beta of a group, with its interval.
+
+        Parameters
+        ----------
+        name
+            Name of the term.
+        group
+            Name of the group; may be left out if there is only one.
+        confidence
+            Level of confidence of the interval.
+
+        Returns
+        -------
+        Estimate
+            The term.
+
+        Raises
+        ------
+        ValueError
+            If the term or the group is unknown.
+        """
+        if name not in TERMS:
+            raise ValueError(f"unknown term {name!r}; one of {', '.join(TERMS)}")
+        group = self._group(group)
+        column = TERMS.index(name)
+        with np.errstate(over="ignore"):
+            drawn = self.draws[group][:, column] if column in (2, 4) else np.exp(self.draws[group][:, column])
+        return estimate(getattr(self.fit.laws[group], name), drawn, confidence)
+
+    def allocation(self, group: str | None = None, confidence: float = 0.95) -> Estimate:
+        r"""Return the exponent a of :math:`N_\mathrm{opt} \propto C^a`, with its interval."""
+        group = self._group(group)
+        alpha, beta = self.draws[group][:, 2], self.draws[group][:, 4]
+        return estimate(self.fit.laws[group].allocation, beta / np.maximum(alpha + beta, 1e-300), confidence)
+
+    def optimum(
+        self, compute: float, group: str | None = None, *, flops: float = FLOPS, confidence: float = 0.95
+    ) -> dict[str, Estimate]:
+        """Return ``params``, ``tokens`` and ``loss`` of the best split of a budget, with intervals.
+
+        Parameters
+        ----------
+        compute, flops
+            As for :meth:`structlin.scaling_laws.LossLaw.optimum`.
+        group
+            Name of the group; may be left out if there is only one.
+        confidence
+            Level of confidence of the intervals.
+
+        Returns
+        -------
+        dict of str to Estimate
+            The three values.
+
+        Raises
+        ------
+        ValueError
+            As for :meth:`structlin.scaling_laws.LossLaw.optimum`, or if the group is unknown.
+        """
+        group = self._group(group)
+        best = self.fit.laws[group].optimum(compute, flops=flops)
+        drawn = optima(self.draws[group], compute, flops)
+        values = zip(("params", "tokens", "loss"), drawn, strict=True)
+        return {name: estimate(getattr(best, name), _filled(v), confidence) for name, v in values}
+
+    def multiplier(
+        self, group: str, reference: str, *, loss: float, flops: float = FLOPS, confidence: float = 0.95
+    ) -> Estimate:  # fmt: skip
+        """Return the compute of a reference divided by that of a group at equal loss, each at its best split.
+
+        Both laws come from the same fit, so errors in their shared terms cancel in every draw.
+
+        Parameters
+        ----------
+        group, reference
+            Names of groups.
+        loss
+            Loss at which to compare, above the irreducible loss of both.
+        flops
+            Training FLOPs for each unit of N times D (:meth:`LossLaw.optimum`).
+        confidence
+            Level of confidence of the interval. Draws in which only the reference does not reach the loss count as
+            infinite, draws in which the group does not reach it count as 0.
+
+        Returns
+        -------
+        Estimate
+            The ratio.
+
+        Raises
+        ------
+        ValueError
+            If a group is unknown or neither law reaches the loss.
+        """
+        names = self._group(group), self._group(reference)
+        computes = [float(compute_at(self.fit.laws[name].frontier(flops=flops).parameters, loss)) for name in names]
+        draws = [compute_at(_filled(frontiers(self.draws[name], flops)), loss) for name in names]
+        return ratio(computes, draws, f"a loss of {loss:g}", confidence)
+
+    def _group(self, name: str | None) -> str:
+        if name is None:
+            self.fit.law  # noqa: B018 - raises where there are several
+            return next(iter(self.fit.laws))
+        if name not in self.draws:
+            raise ValueError(f"there is no group {name!r}; one of {', '.join(self.draws)}")
+        return name
+
+
+def _filled(draws: Array) -> Array:
+    """Return the values with infinity for draws without an optimum, for example with an exponent of 0."""
+    return np.where(np.isnan(draws), np.inf, draws)
 
 
 def fit_loss_law(
@@ -280,7 +446,7 @@ def fit_loss_law(
     >>> round(found.E, 4), round(found.alpha, 4), round(found.beta, 4)
     (1.7, 0.34, 0.28)
     """
-    n, d, y = (_positive(name, v) for name, v in (("params", params), ("tokens", tokens), ("loss", loss)))
+    n, d, y = (positive(name, v) for name, v in (("params", params), ("tokens", tokens), ("loss", loss)))
     if not len(n) == len(d) == len(y):
         raise ValueError(f"params, tokens and loss must have equal lengths, got {len(n)}, {len(d)} and {len(y)}")
     if not (math.isfinite(delta) and delta > 0):
@@ -299,31 +465,16 @@ def fit_loss_law(
         index[:, column] = size + (0 if term in common else np.arange(len(names)))
         size += 1 if term in common else len(names)
     _check_points(names, group, n, d, size, common)
-    centre = np.log(n).mean(), np.log(d).mean(), np.log(y).min()
-    problem = Problem(np.log(n) - centre[0], np.log(d) - centre[1], np.log(y) - centre[2], group, index, delta)
+    problem = Problem(np.log(n), np.log(d), np.log(y), group, index, delta)
     ends, values = problem.solve(_starts(problem))
     best = int(values.argmin())
     agreement = float((values <= values[best] * (1 + 1e-6) + 1e-24).mean())
     point = ends[best]
-    laws = {name: as_law(row) for name, row in zip(names, natural(problem, point[None], centre)[0], strict=True)}
+    laws = {name: as_law(row) for name, row in zip(names, problem.natural(point[None])[0], strict=True)}
     return LossLawFit(
         laws, common, n, d, y, group, problem.y - problem.predicted(point[None])[0], float(values[best]), delta,
         agreement, _notes(problem, point, names), problem, point,
     )  # fmt: skip
-
-
-def natural(problem: Problem, points: Array, centre: tuple[float, float, float]) -> Array:
-    """Convert parameters of the problem, shape (k, size), to those of the laws, shape (k, groups, 5)."""
-    p = points[:, problem.index].copy()
-    p[..., 1] += p[..., 2] * centre[0]
-    p[..., 3] += p[..., 4] * centre[1]
-    p[..., (0, 1, 3)] += centre[2]
-    return p
-
-
-def centre_of(fit: LossLawFit) -> tuple[float, float, float]:
-    """Return the logarithms of sizes and loss at which the problem of a fit is centred."""
-    return np.log(fit.params).mean(), np.log(fit.tokens).mean(), np.log(fit.loss).min()
 
 
 def as_law(row: Array) -> LossLaw:
@@ -331,16 +482,6 @@ def as_law(row: Array) -> LossLaw:
         return LossLaw(
             float(np.exp(row[0])), float(np.exp(row[1])), float(row[2]), float(np.exp(row[3])), float(row[4])
         )
-
-
-def _positive(name: str, values: npt.ArrayLike) -> Array:
-    found = np.atleast_1d(np.asarray(values, dtype=np.float64))
-    if found.ndim != 1:
-        raise ValueError(f"{name} must have shape (n,), got {found.shape}")
-    if not (np.isfinite(found) & (found > 0)).all():
-        bad = found[~(np.isfinite(found) & (found > 0))][0]
-        raise ValueError(f"{name} must be positive and finite to have a logarithm, got {bad:g}")
-    return found
 
 
 def lacks_sizes(params: npt.ArrayLike, tokens: npt.ArrayLike, own: Sequence[str]) -> str | None:
@@ -400,9 +541,3 @@ def _notes(problem: Problem, point: Array, names: Sequence[str]) -> tuple[str, .
         if row[0] < -12:
             notes.append(f"{where}E vanishes: the points show no irreducible loss")
     return tuple(dict.fromkeys(notes))
-
-
-def laws_of(fit: LossLawFit, draws: Array) -> Mapping[str, Array]:
-    """Return draws of the parameters as those of the law of each group, shape (samples, 5)."""
-    found = natural(fit.problem, draws, centre_of(fit))
-    return {name: found[:, number] for number, name in enumerate(fit.laws)}

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from structlin_nn._text import table
 from structlin_nn.cli import common
 from structlin_nn.cli.common import add
 
@@ -62,18 +63,14 @@ def run(arguments: argparse.Namespace) -> int:
     settings["rules"] = {pattern: ParameterRule(value) for pattern, value in arguments.parameter_rule}
     rules = (False, True) if arguments.naive else (True,)
     checks = [check_scale(**settings, structure_aware=aware) for aware in rules]
+    records = [check.to_dict() for check in checks]
     if arguments.plot:
         from structlin_nn.figures.scale import check_figure
         from structlin_nn.figures.style import save
 
-        save(check_figure([check.to_dict() for check in checks]), Path(arguments.plot))
-    if arguments.json:
-        common.print_json([check.to_dict() for check in checks])
-    else:
-        for check in checks:
-            _print(check)
-        if arguments.plot:
-            print(f"figure {arguments.plot}")
+        save(check_figure(records), Path(arguments.plot))
+    texts = [*map(_text, checks), *([f"figure {arguments.plot}"] if arguments.plot else [])]
+    common.show(arguments, records, "\n".join(texts))
     return 0 if checks[-1].passed else 1
 
 
@@ -94,12 +91,8 @@ def build_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _print(check: Any) -> None:
+def _text(check: Any) -> str:
     rule = "structure-aware" if check.structure_aware else "naive"
-    print(
-        f"{check.model}, {check.optimizer} at {check.lr:g}, base width {check.base_width}, {rule} learning rates: "
-        f"RMS of the change (steps: {check.steps}, seeds: {check.seeds})\n"
-    )
     head = ("layer", "initial", "slope", *(f"change {width}" for width in check.widths), "slope", "verdict")
     rows = [
         (
@@ -108,10 +101,13 @@ def _print(check: Any) -> None:
         )
         for layer in check.layers
     ]  # fmt: skip
-    common.print_table(head, rows)
     off = sum(layer.verdict not in ("flat", "fixed") for layer in check.layers)
     found = f"{off} of {len(check.layers)} layers are not" if off else "all layers are"
-    print(f"\n{found} flat (slopes from -{check.threshold:g} to {check.threshold:g})\n")
+    return (
+        f"{check.model}, {check.optimizer} at {check.lr:g}, base width {check.base_width}, {rule} learning rates: "
+        f"RMS of the change (steps: {check.steps}, seeds: {check.seeds})\n\n{table(head, rows)}\n\n"
+        f"{found} flat (slopes from -{check.threshold:g} to {check.threshold:g})\n"
+    )
 
 
 def _slope(value: float | None) -> str:

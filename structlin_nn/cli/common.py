@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -205,8 +206,12 @@ def check_confidence(value: float) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON on stdout."""
-    print(json.dumps(value, indent=2, allow_nan=False))
+    """Print a value as JSON on stdout: plans and other dataclasses by their fields, and errors by their messages."""
+
+    def plain(part: Any) -> Any:
+        return str(part) if isinstance(part, Exception) else asdict(part)
+
+    print(json.dumps(value, indent=2, allow_nan=False, default=plain))
 
 
 def show(arguments: argparse.Namespace, record: Any, text: object) -> None:

@@ -141,9 +141,9 @@ Fitted = tuple[dict[str, Any], list[str], Callable[[], Any]]
 
 
 def _one_size(arguments: argparse.Namespace, groups: dict[str, Any]) -> Fitted:
-    from structlin_nn.laws import comparisons_table, fitted_record, interval_text, laws_table, value_text
+    from structlin_nn import laws
 
-    laws, record = fitted_record(
+    fitted, record = laws.fitted_record(
         groups, arguments.x, arguments.y, reference=arguments.reference, error=arguments.at,
         confidence=arguments.confidence, frontier=arguments.frontier, floor=arguments.floor, loss=arguments.loss,
         samples=arguments.samples, method=arguments.method or "parametric", noise=arguments.noise,
@@ -151,7 +151,7 @@ def _one_size(arguments: argparse.Namespace, groups: dict[str, Any]) -> Fitted:
     percent = f"{100 * arguments.confidence:g} %"
     floor = "fitted" if arguments.floor is True else f"{arguments.floor:g}" if arguments.floor else "none"
     lines = [f"{arguments.y} = a C^-alpha, C = {arguments.x}, irreducible error {floor}; intervals of {percent}\n"]
-    lines.append(table(*laws_table(record, bool(arguments.floor))))
+    lines.append(table(*laws.laws_table(record, bool(arguments.floor))))
     lines += [f"warning: {name}: {note}" for name, law in record["groups"].items() for note in law["notes"]]
     lines += _left_out(record)
     for key, what, by in (
@@ -159,51 +159,41 @@ def _one_size(arguments: argparse.Namespace, groups: dict[str, Any]) -> Fitted:
         ("comparisons_by_time", "time", ", by the seconds of training"),
     ):
         if found := record.get(key):
-            lines += [f"\nagainst {record['reference']}{by}\n", table(*comparisons_table(found, what))]
+            lines += [f"\nagainst {record['reference']}{by}\n", table(*laws.comparisons_table(found, what))]
             lines += [f"{name}: {note}" for name, row in found.items() for note in row["notes"]]
     if arguments.at is not None:
         needed = {name: law.get("compute_at_error", {"value": "inf"}) for name, law in record["groups"].items()}
         names = sorted(needed, key=lambda name: float(needed[name]["value"]))
-        rows = [(name, value_text(needed[name]), interval_text(needed[name])) for name in names]
+        rows = [(name, laws.value_text(needed[name]), laws.interval_text(needed[name])) for name in names]
         lines += [f"\ncompute for an error of {arguments.at:g}\n", table(("group", arguments.x, "interval"), rows)]
 
     def draw() -> Any:
         from structlin_nn.figures.compute import compute_figure
 
-        return compute_figure(laws, x=arguments.x, y=arguments.y, confidence=arguments.confidence)
+        return compute_figure(fitted, x=arguments.x, y=arguments.y, confidence=arguments.confidence)
 
     return record, lines, draw
 
 
 def _two_sizes(arguments: argparse.Namespace, groups: dict[str, Any]) -> Fitted:
-    from structlin_nn.laws import (
-        SHARED,
-        default_reference,
-        estimate_text,
-        fit_sizes,
-        multipliers_table,
-        sizes_record,
-        sizes_table,
-    )  # fmt: skip
+    from structlin_nn import laws
 
-    shared = SHARED
+    shared = laws.SHARED
     if arguments.shared is not None:
         shared = () if arguments.shared == "none" else tuple(arguments.shared.split(","))
     columns = (arguments.size, arguments.data, arguments.y)
-    drawn, left_out = fit_sizes(
-        groups, *columns, shared=shared, samples=arguments.samples,
-        method=arguments.method or "residuals",
-    )  # fmt: skip
+    method = arguments.method or "residuals"
+    drawn, left_out = laws.fit_sizes(groups, *columns, shared=shared, samples=arguments.samples, method=method)
     budgets = arguments.budget or []
-    reference = arguments.reference or default_reference(drawn.fit.laws)
+    reference = arguments.reference or laws.default_reference(drawn.fit.laws)
     common: dict[str, Any] = {"flops": arguments.flops, "confidence": arguments.confidence}
-    record = sizes_record(
+    record = laws.sizes_record(
         drawn, left_out, columns=columns, budgets=budgets, reference=reference, loss=arguments.at, **common
     )
     lines = [
         f"{arguments.y} = E + A/N^alpha + B/D^beta, N = {arguments.size}, D = {arguments.data}; shared: "
         f"{', '.join(record['shared']) or 'nothing'}; intervals of {100 * arguments.confidence:g} %\n",
-        table(*sizes_table(record)),
+        table(*laws.sizes_table(record)),
         f"\n{100 * record['agreement']:.0f} % of the starts end at this minimum",
         *(f"warning: {note}" for note in record["notes"]),
         *_left_out(record),
@@ -211,13 +201,13 @@ def _two_sizes(arguments: argparse.Namespace, groups: dict[str, Any]) -> Fitted:
     if budgets:
         lines.append(f"\nthe best split of a budget, {arguments.flops:g} FLOPs for each unit of N and D\n")
         rows = [
-            (name, f"{best['compute']:.3g}", *(estimate_text(best[key]) for key in ("params", "tokens", "loss")))
+            (name, f"{best['compute']:.3g}", *(laws.estimate_text(best[key]) for key in ("params", "tokens", "loss")))
             for name, law in record["groups"].items()
             for best in law["optima"]
         ]
         lines.append(table(("group", "FLOPs", *columns), rows))
     if reference is not None:
-        lines += [f"\nagainst {reference}, each at its best split\n", table(*multipliers_table(record))]
+        lines += [f"\nagainst {reference}, each at its best split\n", table(*laws.multipliers_table(record))]
 
     def draw() -> Any:
         from structlin_nn.figures.compute import sizes_figure
@@ -229,10 +219,10 @@ def _two_sizes(arguments: argparse.Namespace, groups: dict[str, Any]) -> Fitted:
 
 def _allocation(arguments: argparse.Namespace, groups: dict[str, Any]) -> Fitted:
     from structlin.scaling_laws import IsoFlop
-    from structlin_nn.laws import allocations, estimate_text, plain
+    from structlin_nn import laws
 
     approach, budgets = arguments.approach, arguments.budget or []
-    found, left_out = allocations(
+    found, left_out = laws.allocations(
         groups, arguments.size, arguments.data, arguments.y, approach=approach, flops=arguments.flops,
         budgets=arguments.budget if approach == 2 else None,
     )  # fmt: skip
@@ -247,12 +237,12 @@ def _allocation(arguments: argparse.Namespace, groups: dict[str, Any]) -> Fitted
             own = [{"compute": float(c), "params": float(n)} for c, n in zip(each.compute, each.params, strict=True)]
         optima = [dict(zip(("compute", "params", "tokens"), (b, *law.optimum(b)), strict=True)) for b in budgets]
         interval = law.interval(arguments.confidence)
-        exponent = {key: plain(getattr(interval, key)) for key in ("value", "low", "high")}
+        exponent = {key: laws.plain(getattr(interval, key)) for key in ("value", "low", "high")}
         record["groups"][name] = {
             "exponent": exponent, "log_coefficient": law.log_coefficient, "minima": own, "left_out": without,
             "optima": optima,
         }  # fmt: skip
-        rows.append((name, str(len(law.compute)), estimate_text(exponent)))
+        rows.append((name, str(len(law.compute)), laws.estimate_text(exponent)))
         points += [(name, *(f"{p[k]:.4g}" if k in p else "-" for k in ("compute", "params", "loss"))) for p in own]
         points += [(name, budget, "-", reason) for budget, reason in without.items()]
         best += [(name, f"{o['compute']:.3g}", f"{o['params']:.4g}", f"{o['tokens']:.4g}") for o in optima]

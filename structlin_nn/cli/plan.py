@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +141,7 @@ def _of_model(arguments: argparse.Namespace, budgets: dict[str, list[float]]) ->
 
 
 def _layer(arguments: argparse.Namespace, budgets: dict[str, list[float]]) -> Shown:
-    from structlin.planning import RESOURCES, plan_layer, plan_layers
+    from structlin.planning import RESOURCES, BudgetError, plan_layer, plan_layers
     from structlin_nn.planning import UNITS, parse_structure
 
     if wrong := [*given(arguments, (*OF_MODELS, "depth", "laws", "error"))]:
@@ -156,41 +155,38 @@ def _layer(arguments: argparse.Namespace, budgets: dict[str, list[float]]) -> Sh
     if choices and arguments.structure is None:
         raise ValueError(f"--{next(iter(choices))} of a layer needs --structure")
     settings: dict[str, Any] = {"resource": resource, "dtype": arguments.dtype}
+    errors: dict[str, ValueError] = {}
     if arguments.structure is None:
-        plans, left_out = plan_layers(arguments.shape, amounts[0], **settings)
+        plans, errors = plan_layers(arguments.shape, amounts[0], **settings)
     else:
-        plans, left_out = [], {}
+        plans = []
         for text in arguments.structure:
             name, options = parse_structure(text)
             try:
                 plans.append(plan_layer(name, arguments.shape, amounts[0], given={**options, **choices}, **settings))
-            except ValueError as error:
-                if "needs at least" not in str(error):
-                    raise
-                left_out[text] = str(error)
-    # The messages of structlin name the resource by its argument.
-    left_out = {name: text.replace(f" {resource}, the", f" {UNITS[resource]}, the") for name, text in left_out.items()}
-    if not plans:
-        raise ValueError(_reason(left_out.values()))
+            except BudgetError as error:
+                errors[text] = error
+    for label, problem in errors.items():  # structlin names the resource by its argument
+        if isinstance(problem, BudgetError):
+            errors[label] = BudgetError(problem.what, problem.least, UNITS[resource], problem.budget)
+    _check_any(plans, errors.values())
     plans.sort(key=lambda plan: -plan.share)
-    record = {"shape": arguments.shape, "resource": resource, "budget": amounts[0], "left_out": left_out}
+    record = {"shape": arguments.shape, "resource": resource, "budget": amounts[0], "left_out": errors, "plans": plans}
     rows = [
         (p.structure, _shown(p.options), f"{p.macs:,}", f"{p.params:,}", f"{p.bytes:,}", f"{100 * p.share:.1f} %")
         for p in plans
     ]
     lines = [table(("structure", "options", "MACs", "parameters", "bytes", "of budget"), rows, left=2)]
-    return {**record, "plans": [asdict(p) for p in plans]}, [*lines, *left_out.values()]
+    return record, [*lines, *map(str, errors.values())]
 
 
 def _model(arguments: argparse.Namespace, budgets: dict[str, float], settings: dict[str, Any]) -> Shown:
     from structlin_nn.planning import best_plan, parse_structure, plan_models
 
     chosen = [parse_structure(text) for text in arguments.structure or STRUCTURES]
-    plans, left_out = plan_models(arguments.name, budgets, chosen, **settings)
-    if not plans:
-        raise ValueError(_reason(left_out.values()))
+    plans, errors = plan_models(arguments.name, budgets, chosen, **settings)
+    _check_any(plans, errors.values())
     best = best_plan(plans, arguments.prefer or "spent")
-    record = {"model": arguments.name, "budgets": budgets, "plans": [asdict(plan) for plan in plans]}
     columns: dict[str, Callable[[Any], str] | None] = {
         "structure": lambda p: p.structure,
         "options": lambda p: _shown(_usual(p.structure, p.options)),
@@ -208,7 +204,8 @@ def _model(arguments: argparse.Namespace, budgets: dict[str, float], settings: d
     lines = [table(list(shown), [[cell(plan) for cell in shown.values()] for plan in plans], left=2)]
     if arguments.prefer is not None:
         lines.append(f"best by {arguments.prefer}: {best.structure} of width {best.width}")
-    return {**record, "left_out": left_out, "best": plans.index(best)}, [*lines, *left_out.values()]
+    record = {"model": arguments.name, "budgets": budgets, "plans": plans, "left_out": errors}
+    return record | {"best": plans.index(best)}, [*lines, *map(str, errors.values())]
 
 
 def _by_law(arguments: argparse.Namespace, budgets: dict[str, list[float]], settings: dict[str, Any]) -> Shown:
@@ -240,8 +237,7 @@ def _by_law(arguments: argparse.Namespace, budgets: dict[str, list[float]], sett
         sizes = (str(plan.width), f"{plan.params:,}", f"{plan.forward_macs:,.0f}", *(f"{row[k]:,}" for k in more))
         note = "outside the fitted points" if row["extrapolated"] else ""
         cells.append((row["group"], f"{row[number[0]]:.4g}", *sizes, note))
-    record = [row | {"plan": row["plan"] and asdict(row["plan"])} for row in rows]
-    return record, [f"{about}\n", table(("group", number[1], "width", "parameters", "MACs/sample", *more, ""), cells)]
+    return rows, [f"{about}\n", table(("group", number[1], "width", "parameters", "MACs/sample", *more, ""), cells)]
 
 
 def _table(arguments: argparse.Namespace, resource: str, budgets: list[float], settings: dict[str, Any]) -> Shown:
@@ -250,9 +246,8 @@ def _table(arguments: argparse.Namespace, resource: str, budgets: list[float], s
 
     chosen = [parse_structure(text) for text in arguments.structure or STRUCTURES]
     rows = iso_table(arguments.name, budgets, chosen, resource=resource, **settings)
-    reasons = dict.fromkeys(text for row in rows for text in row["left_out"].values())
-    if not any(row["plans"] for row in rows):
-        raise ValueError(_reason(reasons))
+    errors = [error for row in rows for error in row["left_out"].values()]
+    _check_any([plan for row in rows for plan in row["plans"].values()], errors)
 
     def cell(plan: Any) -> str:
         if plan is None:
@@ -263,21 +258,26 @@ def _table(arguments: argparse.Namespace, resource: str, budgets: list[float], s
     labels = dict.fromkeys(name for row in rows for name in (*row["plans"], *row["left_out"]))
     cells = [(label, *(cell(row["plans"].get(label)) for row in rows)) for label in labels]
     lines = [f"widest model within {resource.replace('_', ' ')}, and its parameters\n"]
-    lines += [table(("structure", *(f"{row['budget']:g}" for row in rows)), cells), *reasons]
-    return [row | {"plans": {name: asdict(plan) for name, plan in row["plans"].items()}} for row in rows], lines
+    lines += [table(("structure", *(f"{row['budget']:g}" for row in rows)), cells)]
+    # A reason that is the same at several budgets is shown once.
+    return rows, [*lines, *dict.fromkeys(map(str, errors))]
 
 
-def _reason(reasons: Iterable[str]) -> str:
-    """Return why there is no plan, in one sentence about the structure that is nearest to the budget."""
-    from structlin_nn.planning import nearest_reason
+def _check_any(plans: Sequence[Any], errors: Iterable[ValueError]) -> None:
+    """Raise ValueError if there is no plan, about the structure that is nearest to the budget."""
+    from structlin.planning import BudgetError
 
-    different = list(dict.fromkeys(reasons))
-    nearest = nearest_reason(different)
-    if len(different) == 1:
-        return nearest
-    if "needs at least" not in nearest:  # no structure is too large for the budget
-        return f"{nearest}; the other structures have no plan either"
-    return f"none of the structures fits; the nearest: {nearest}"
+    if plans:
+        return
+    different = {str(error): error for error in errors}
+    first, *others = different
+    over = [error for error in different.values() if isinstance(error, BudgetError)]
+    if not others:
+        raise ValueError(first)
+    if not over:  # no structure is too large for the budget
+        raise ValueError(f"{first}; the other structures have no plan either")
+    nearest = min(over, key=lambda error: error.least / error.budget)
+    raise ValueError(f"none of the structures fits; the nearest: {nearest}")
 
 
 def _usual(structure: str, options: dict[str, Any]) -> dict[str, Any]:

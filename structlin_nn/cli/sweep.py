@@ -10,7 +10,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from structlin_nn.cli.common import add, fail, positive, print_json, print_table
+from structlin_nn._text import table
+from structlin_nn.cli.common import add, fail, positive, print_json, print_table, show
 
 SHOWN = 10
 """Number of failed runs that a message names."""
@@ -60,10 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.list:
         sweeps = {name: find(name) for name in names()}
-        if arguments.json:
-            print_json([{"name": name, "data": sweep.data, "about": sweep.about} for name, sweep in sweeps.items()])
-        else:
-            print_table(("name", "data", "what"), [(n, s.data, s.about) for n, s in sweeps.items()], left=3)
+        record = [{"name": name, "data": sweep.data, "about": sweep.about} for name, sweep in sweeps.items()]
+        show(arguments, record, table(("name", "data", "what"), [tuple(row.values()) for row in record], left=3))
         return 0
     if arguments.name is None:
         raise ValueError(f"the following arguments are required: NAME, one of {', '.join(names())}")

@@ -130,18 +130,21 @@ def training_bytes(
                 "call count(model, input) outside of torch.func"
             )
     own = counted.dtype if counted.dtype in DTYPES else "float32"
-    size, frozen = itemsize(dtype or own), counted.params - counted.trainable_params
-    trainable, rest = counted.trainable_params * size, frozen * size
-    if dtype is None:
-        trainable, rest = counted.trainable_bytes, counted.param_bytes - counted.trainable_bytes
+    size = itemsize(dtype or own)
+    weights, trainable = counted.param_bytes, counted.trainable_bytes
+    if dtype is not None:
+        weights, trainable = counted.params * size, counted.trainable_params * size
     given = activation_dtype or dtype
     kept = counted.saved_float_bytes if given is None else counted.saved * itemsize(given)
-    shares = [devices if zero_stage >= stage else 1 for stage in (3, 2, 1)]
+
+    def share(held: int, stage: int) -> int:
+        return -(-held // (devices if zero_stage >= stage else 1))
+
     found = {
-        "weights": -(-(trainable + rest) // shares[0]),
+        "weights": share(weights, 3),
         "buffers": counted.buffer_bytes,
-        "gradients": -(-trainable // shares[1]),
-        "optimizer_states": -(-states_of(optimizer) * trainable // shares[2]),
+        "gradients": share(trainable, 2),
+        "optimizer_states": share(states_of(optimizer) * trainable, 1),
         "activations": kept + counted.saved_bytes,
         "loss": 0 if loss is None else loss.saved * size + loss.saved_bytes,
     }
@@ -191,10 +194,9 @@ class Roofline:
         Seconds of the products, each limited by compute or by memory.
     compute
         Seconds of the same products at the peak rate.
-    intensity
-        FLOPs per byte of the products, forward and backward.
-    ridge
-        Least intensity at which the device reaches its peak rate.
+    intensity, ridge
+        FLOPs per byte of the products, forward and backward, and least intensity at which the device reaches its peak
+        rate.
     other
         Seconds of operations without products in the forward pass, if each reads and writes memory. Fusion by a
         compiler takes less.

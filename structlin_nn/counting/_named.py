@@ -10,7 +10,7 @@ import structlin
 from structlin.execution.choice import Problem
 from structlin.execution.devices import Device
 from structlin.structure import Structure
-from structlin_nn._text import check_integer, table
+from structlin_nn._text import check_integer, occurrences, table
 from structlin_nn.counting._costs import count_loss, roofline, training_bytes
 from structlin_nn.counting._costs import device as find_device
 from structlin_nn.models import GPT2, MLP, MODELS, StructureConfig, ViT, base_model, build_model
@@ -55,22 +55,16 @@ def count_model(
         As in :func:`structlin_nn.models.build_model`.
     base_width
         Width at which the learning rate was tuned; default: that of the paper.
-    structure
-        Registered name of a structure.
-    options
-        Options of the structure, by name.
+    structure, options
+        Registered name of a structure, and its options by name.
     rms_cap, rule, layers
         As in :class:`structlin_nn.models.StructureConfig`.
     optimizer
         Optimizer of the learning-rate multipliers (:func:`structlin.lr_multipliers`).
-    batch_size
-        Samples in a step; default 1 for bytes and times.
-    steps
-        Steps of a training run, for its total; needs ``batch_size``.
-    dtype
-        Dtype of weights, gradients and states.
-    activation_dtype
-        Dtype of activations and products (mixed precision); default ``dtype``.
+    batch_size, steps
+        Samples in a step (default 1 for bytes and times), and steps of a training run, for its total.
+    dtype, activation_dtype
+        Dtype of weights, gradients and states, and of activations and products (mixed precision; default ``dtype``).
     device
         Add the least time on a device of :data:`DEVICES`, or on ``cpu``, which is measured.
     causal_discount, flash_backward, strict
@@ -129,12 +123,14 @@ def count_model(
     groups = parameter_groups(model, base, lr=1.0, optimizer=optimizer, extra_multipliers=spec.extra_multipliers)
     multipliers = {n: group["multiplier"] for group in groups for n in group["names"]}
     how: dict[str, Any] = {"causal_discount": causal_discount, "flash_backward": flash_backward, "strict": strict}
+    setting: dict[str, Any] = {"optimizer": optimizer, "dtype": dtype, "zero_stage": zero_stage, "devices": devices}
+    products = activation_dtype or dtype
     counted = count(model, model.example_input(device="meta"), **how)
     step = counted if batch == 1 else count(model, model.example_input(batch, device="meta"), **how)
     calls = {call.name: call for call in counted.calls if call.kind == "linear"}
     linear = {n: m for n, m in model.named_modules() if isinstance(m, StructuredLinear)}
     owned = {id(p) for m in linear.values() for p in m.parameters()}
-    rows = [_layer(calls[n], m, multipliers, batch, activation_dtype or dtype) for n, m in linear.items()]
+    rows = [_layer(calls[n], m, multipliers, batch, products) for n, m in linear.items()]
     tokens = max(row["rows"] for row in rows)
     record = {
         "model": name,
@@ -153,23 +149,12 @@ def count_model(
         "attention_macs": counted.macs("attention"),
         "head_macs": rows[-1]["macs"],
         "tokens": tokens,
-        "per_token": {
-            "forward_macs": counted.macs() / tokens,
-            "training_flops": counted.training_flops / tokens,
-        },
+        "per_token": {"forward_macs": counted.macs() / tokens, "training_flops": counted.training_flops / tokens},
         "bytes": {
             "batch_size": batch,
             "dtype": dtype,
-            "activation_dtype": activation_dtype or dtype,
-            **training_bytes(
-                step,
-                loss=loss_of(model, batch),
-                optimizer=optimizer,
-                dtype=dtype,
-                activation_dtype=activation_dtype,
-                zero_stage=zero_stage,
-                devices=devices,
-            ),
+            "activation_dtype": products,
+            **training_bytes(step, loss=loss_of(model, batch), activation_dtype=activation_dtype, **setting),
             "zero_stage": zero_stage,
             "devices": devices,
         },
@@ -191,15 +176,11 @@ def count_model(
                 "training_flops": step.training_flops * steps,
             }  # fmt: skip
     if device is not None:
-        products = activation_dtype or dtype
         on = find_device(device, products) if isinstance(device, str) else device
-        found = roofline(
-            step, on, products, optimizer=optimizer, weight_dtype=dtype,
-            shares=devices if zero_stage else 1,
-        )  # fmt: skip
-        record["roofline"] = asdict(found) | {
-            "step": found.step, "batch_size": batch, "source": on.source, "memory": on.memory,
-        }  # fmt: skip
+        shares = devices if zero_stage else 1
+        found = roofline(step, on, products, optimizer=optimizer, weight_dtype=dtype, shares=shares)
+        about = {"step": found.step, "batch_size": batch, "source": on.source, "memory": on.memory}
+        record["roofline"] = asdict(found) | about
         if steps is not None:
             record["roofline"]["run"] = found.step * steps
         if on.capability is not None:
@@ -252,11 +233,8 @@ def format_count(record: Mapping[str, Any]) -> str:
     """
     options = "".join(f" {key}={value}" for key, value in record["options"].items())
     cap = ", RMS-capped" if record["rms_cap"] else ""
-    lines = [
-        f"{record['model']}, width {record['width']} (base {record['base_width']}), {record['structure']}{options}"
-        f"{cap}",
-        "",
-    ]
+    sizes = f"width {record['width']} (base {record['base_width']})"
+    lines = [f"{record['model']}, {sizes}, {record['structure']}{options}{cap}", ""]
     columns = ("layer", "in", "out", "params", "MACs", "factor", "numel", "fan in", "fan out", "blocks", "init std")
     rows = []
     for layer in record["layers"]:
@@ -284,9 +262,8 @@ def format_count(record: Mapping[str, Any]) -> str:
     per_token = record["per_token"]
     lines += [f"{'forward MACs, one token':<28}{per_token['forward_macs']:>28,.0f}"] if record["tokens"] > 1 else []
     lines += _run_lines(record)
-    uncounted = ", ".join(f"{name} x{number}" for name, number in record["uncounted_ops"].items())
     lines = [f"{missing}\n", *lines] if missing else lines
-    return "\n".join([*lines, f"not counted (no products): {uncounted}"])
+    return "\n".join([*lines, f"not counted (no products): {occurrences(record['uncounted_ops'])}"])
 
 
 def _run_lines(record: Mapping[str, Any]) -> list[str]:
@@ -294,8 +271,8 @@ def _run_lines(record: Mapping[str, Any]) -> list[str]:
     batch = f"batch of {held['batch_size']:,}"
     if held["zero_stage"]:
         batch += f" on each of {held['devices']:,} devices, ZeRO stage {held['zero_stage']}"
-    lines = ["", f"bytes of a training step, {batch}, {held['dtype']}" + (
-        f", activations {held['activation_dtype']}" if held["activation_dtype"] != held["dtype"] else "")]  # fmt: skip
+    other = f", activations {held['activation_dtype']}" if held["activation_dtype"] != held["dtype"] else ""
+    lines = ["", f"bytes of a training step, {batch}, {held['dtype']}{other}"]
     for key in ("weights", "buffers", "gradients", "optimizer_states", "activations", "loss", "total"):
         lines.append(f"  {key.replace('_', ' '):<26}{held[key]:>28,}")
     if run := record.get("run"):
@@ -304,20 +281,17 @@ def _run_lines(record: Mapping[str, Any]) -> list[str]:
             lines.append(f"{'training FLOPs, ' + format(run['steps'], ',') + ' steps':<28}{run['training_flops']:>28,}")
     if found := record.get("roofline"):
         lines += ["", f"at least, on {found['device']}, {found['dtype']}, {batch} ({found['source']})"]
-        for key, text in (("forward", "products, forward"), ("backward", "products, backward"), ("update", "update")):
-            lines.append(f"  {text:<26}{1e3 * found[key]:>25.4g} ms")
-        lines.append(f"  {'step':<26}{1e3 * found['step']:>25.4g} ms")
+        ms = {key: 1e3 * found[key] for key in ("forward", "backward", "update", "step", "other")}
+        rows = [("products, forward", ms["forward"], "ms"), ("products, backward", ms["backward"], "ms")]
+        rows += [("update", ms["update"], "ms"), ("step", ms["step"], "ms")]
         if found["memory"] is not None:
             share = 100 * held["total"] / found["memory"]
-            lines.append(
-                f"  {'bytes of its memory':<26}{share:>25.4g} %" + (", more than it has" if share > 100 else "")
-            )
+            rows.append(("bytes of its memory", share, "%, more than it has" if share > 100 else "%"))
         if "run" in found:
-            lines.append(f"  {'run':<26}{found['run'] / 3600:>25.4g} h")
-        lines.append(f"  {'other operations, forward':<26}{1e3 * found['other']:>25.4g} ms, where they are not fused")
-        lines.append(
-            f"  {'intensity of products':<26}{found['intensity']:>25.4g} FLOP/byte, ridge {found['ridge']:.4g}"
-        )
+            rows.append(("run", found["run"] / 3600, "h"))
+        rows.append(("other operations, forward", ms["other"], "ms, where they are not fused"))
+        rows.append(("intensity of products", found["intensity"], f"FLOP/byte, ridge {found['ridge']:.4g}"))
+        lines += [f"  {label:<26}{value:>25.4g} {unit}" for label, value, unit in rows]
         if "traffic" in record:
             lines += format_traffic(record["traffic"])
     return [*lines, ""]
@@ -338,10 +312,8 @@ def layer_traffic(layers: Iterable[tuple[str, Any, int]], on: Device, dtype: str
         problem = Problem(structure, True, "torch", "cuda", dtype, tokens, 1, True)
         if problem not in known:
             way, found = fastest(problem, on)
-            known[problem] = {
-                "way": way.name, "kernels": len(found.kernels), "memory_bytes": found.memory_bytes,
-                "l2_bytes": found.l2_bytes, "seconds": found.seconds,
-            }  # fmt: skip
+            costs = {key: getattr(found, key) for key in ("memory_bytes", "l2_bytes", "seconds")}
+            known[problem] = {"way": way.name, "kernels": len(found.kernels), **costs}
         rows.append({"name": name, "rows": tokens} | known[problem])
     return {"device": on.name, "dtype": dtype, "seconds": sum(row["seconds"] for row in rows), "layers": rows}
 

@@ -206,8 +206,8 @@ class Augmentation:
         Mean and deviation of each channel.
     num_classes
         Number of classes K.
-    crop_scale, crop_ratio
-        Ranges of the share of the area and of width / height; scale None for no crop.
+    crop
+        Whether images are cropped, by `sample_crops`.
     flip
         Probability of mirroring; 0 draws nothing.
     mixup_alpha
@@ -227,8 +227,7 @@ class Augmentation:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     num_classes: int
-    crop_scale: tuple[float, float] | None = CROP_SCALE
-    crop_ratio: tuple[float, float] = CROP_RATIO
+    crop: bool = True
     flip: float = 0.5
     mixup_alpha: float = 0.8
     smoothing: float = 0.3
@@ -236,9 +235,6 @@ class Augmentation:
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not all(s > 0 for s in self.std):
             raise ValueError(f"as many means and positive stds are needed, got {self.mean}, {self.std}")
-        for name, limits in (("crop_scale", self.crop_scale or CROP_SCALE), ("crop_ratio", self.crop_ratio)):
-            if not 0 < limits[0] <= limits[1] < math.inf:
-                raise ValueError(f"{name} must be (smallest, largest), 0 < smallest <= largest, got {limits}")
         for name, value in (("flip", self.flip), ("smoothing", self.smoothing)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {value}")
@@ -257,11 +253,8 @@ class Augmentation:
                 f"images (N, C, H, W), labels (N,) needed, got {tuple(images.shape)}, {tuple(labels.shape)}"
             )
         count, _, height, width = images.shape
-        boxes = mirrored = None
-        if self.crop_scale is not None:
-            boxes = sample_crops(count, height, width, generator, scale=self.crop_scale, ratio=self.crop_ratio)
-        if self.flip:
-            mirrored = _uniform((count,), generator) < self.flip
+        boxes = sample_crops(count, height, width, generator) if self.crop else None
+        mirrored = _uniform((count,), generator) < self.flip if self.flip else None
         if images.device.type != "cpu":
             made = self._views(images, boxes, mirrored)
         else:
@@ -269,9 +262,7 @@ class Augmentation:
             for first in range(0, count, _CACHED):
                 part = slice(first, first + _CACHED)
                 made[part] = self._views(
-                    images[part],
-                    None if boxes is None else boxes[part],
-                    None if mirrored is None else mirrored[part],
+                    images[part], None if boxes is None else boxes[part], None if mirrored is None else mirrored[part]
                 )
         targets = soft_targets(labels, self.num_classes, self.smoothing, dtype=made.dtype)
         return mixup(made, targets, generator, alpha=self.mixup_alpha) if self.mixup_alpha else (made, targets)

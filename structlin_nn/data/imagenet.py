@@ -27,17 +27,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from structlin_nn._on_import import needed
-from structlin_nn._text import check_known
 from structlin_nn.data import augment
 from structlin_nn.data._splits import Split, open_folders, open_hub, recognise
 from structlin_nn.data.images import batch_rows
 from structlin_nn.data.tokens import IGNORE, natural, share
 
-__all__ = ["FORMATS", "IMAGENET_MEAN", "IMAGENET_STD", "ImageNetData", "ImageRecipe", "decode", "open_imagenet"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ImageNetData", "ImageRecipe", "decode", "open_imagenet"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-FORMATS = ("folder", "shards", "datasets")
 _FILL = -1
 
 
@@ -71,12 +69,6 @@ class ImageRecipe:
     ----------
     size
         Height and width of the result.
-    crop_scale, crop_ratio
-        Ranges of the share of the area and of width / height of the crop.
-    interpolation
-        ``bilinear``, ``bicubic``, or ``random``: either, drawn for each image.
-    flip
-        Probability of mirroring.
     rand_augment
         Configuration of timm's RandAugment, None for none.
     color_jitter
@@ -99,10 +91,6 @@ class ImageRecipe:
     """
 
     size: int = 224
-    crop_scale: tuple[float, float] = augment.CROP_SCALE
-    crop_ratio: tuple[float, float] = augment.CROP_RATIO
-    interpolation: str = "random"
-    flip: float = 0.5
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
     color_jitter: float = 0.4
     random_erasing: float = 0.25
@@ -111,9 +99,7 @@ class ImageRecipe:
 
     def __post_init__(self) -> None:
         natural("size", self.size, 1)
-        if self.interpolation not in ("random", "bilinear", "bicubic"):
-            raise ValueError(f"interpolation must be random, bilinear or bicubic, got {self.interpolation!r}")
-        limits = {"flip": 1, "random_erasing": 1, "smoothing": 1, "color_jitter": 1e9, "mixup": 1e9}
+        limits = {"random_erasing": 1, "smoothing": 1, "color_jitter": 1e9, "mixup": 1e9}
         for name, highest in limits.items():
             if not 0 <= getattr(self, name) <= highest:
                 raise ValueError(f"{name} must be from 0 to {highest:g}, got {getattr(self, name)}")
@@ -127,9 +113,9 @@ class ImageRecipe:
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """Return timm's transform of an RGB image to uint8 (3, size, size), which draws from global generators."""
         made = _timm("transforms_factory").transforms_imagenet_train(
-            self.size, scale=self.crop_scale, ratio=self.crop_ratio, hflip=self.flip,
-            color_jitter=self.color_jitter or None, auto_augment=self.rand_augment, interpolation=self.interpolation,
-            mean=IMAGENET_MEAN, use_prefetcher=True,
+            self.size, scale=augment.CROP_SCALE, ratio=augment.CROP_RATIO, hflip=0.5, interpolation="random",
+            color_jitter=self.color_jitter or None, auto_augment=self.rand_augment, mean=IMAGENET_MEAN,
+            use_prefetcher=True,
         )  # fmt: skip
         for step in made.transforms:
             for operation in getattr(step, "ops", ()):
@@ -196,7 +182,7 @@ class ImageNetData:
     digest
         sha256 of the names and labels of all samples (of fingerprints, for Hugging Face data), not of the images.
     format, source
-        One of `FORMATS`, and the source as given.
+        ``folder``, ``shards`` or ``datasets``, and the source as given.
     """
 
     splits: dict[str, Split]
@@ -297,9 +283,7 @@ class ImageNetData:
         return _Batches(samples, chosen, 2, workers, pin_memory, persistent_workers=workers > 0)
 
 
-def open_imagenet(
-    source: str | os.PathLike[str], *, format: str | None = None, num_classes: int | None = None
-) -> ImageNetData:
+def open_imagenet(source: str | os.PathLike[str], *, num_classes: int | None = None) -> ImageNetData:
     """Open a data set of labelled images; images are read when batches are made.
 
     Parameters
@@ -309,8 +293,6 @@ def open_imagenet(
         WebDataset shards ``*train*.tar`` and ``*val*.tar``, or ``train/*.tar`` and ``val/*.tar``, of members
         ``KEY.jpg`` (or another image format, the same for all) and ``KEY.cls``, which Hugging Face `datasets` copies to
         its cache; or a data set saved by `datasets`; or its name on the hub.
-    format
-        ``folder``, ``shards`` or ``datasets``. None detects it.
     num_classes
         Expected number of classes. Numeric labels need it if a class has no training image.
 
@@ -334,12 +316,8 @@ def open_imagenet(
     >>> data.classes, data.train_size, data.val_size, images.shape
     (('cat', 'dog'), 2, 1, torch.Size([2, 3, 16, 16]))
     """
-    if format is not None:
-        check_known("format", format, FORMATS)
     place = Path(source).expanduser()
-    kind = format or recognise(place)
-    if kind != "datasets" and not place.is_dir():
-        raise FileNotFoundError(f"{place} is not a folder; it should hold train/ and val/, or shards")
+    kind = recognise(place)
     splits, classes = open_folders(place) if kind == "folder" else open_hub(source, kind)
     if classes is not None and num_classes not in (None, len(classes)):
         raise ValueError(f"{source} has {len(classes)} classes, num_classes is {num_classes}")

@@ -170,17 +170,24 @@ def load_images(name: str, root: str | os.PathLike[str] | None = None, *, verify
     Parameters
     ----------
     name
-        ``"cifar10"`` or ``"cifar100"``, or ``"fashion"``, the class-balanced subset of Fashion-MNIST that is part of
-        this package.
+        ``"cifar10"`` or ``"cifar100"`` (its 100 fine labels), or ``"fashion"``, the class-balanced subset of
+        Fashion-MNIST that is part of this package.
     root
-        Folder of the files of CIFAR (`load_cifar`). Embedded data have no root.
+        The folder of the official files of CIFAR (binary or python version), or a folder that holds that folder; there,
+        binary comes before python. Embedded data have no root.
     verify
-        Compare CIFAR with the published md5 sums. Embedded data are always verified.
+        Compare CIFAR with the published md5 sums. With False, binary files with other content or another number of
+        images are read too; pickles are not. Embedded data are always verified.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        No files at ``root``, or no root; damaged or different files.
+        No root; a file that is missing, truncated, damaged, or not the official one.
+
+    Notes
+    -----
+    Source of CIFAR: Alex Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009;
+    https://www.cs.toronto.edu/~kriz/cifar.html
 
     Examples
     --------
@@ -200,7 +207,7 @@ def load_images(name: str, root: str | os.PathLike[str] | None = None, *, verify
             f"no place given for {name}: pass root= (--data), the folder of the files from "
             'https://www.cs.toronto.edu/~kriz/cifar.html (the embedded data "fashion" need none)'
         )
-    return load_cifar(name, root, verify=verify)
+    return _load_cifar(name, root, verify)
 
 
 def _load_fashion() -> ImageDataset:
@@ -306,35 +313,7 @@ _FORMS = {
 }  # fmt: skip
 
 
-def load_cifar(name: str, root: str | os.PathLike[str], *, verify: bool = True) -> ImageDataset:
-    """Load CIFAR-10, or CIFAR-100 with its 100 fine labels, from the folder of the official files.
-
-    Source: Alex Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009;
-    https://www.cs.toronto.edu/~kriz/cifar.html
-
-    Parameters
-    ----------
-    name
-        ``cifar10`` or ``cifar100``.
-    root
-        The folder of the official files (binary or python version), or a folder that holds that folder; there, binary
-        comes before python.
-    verify
-        Compare with the published md5 sums. With False, binary files with other content or another number of images are
-        read too; pickles are not.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        A file is missing, truncated, damaged, or not the official one.
-
-    Examples
-    --------
-    >>> load_cifar("cifar10", "/nowhere")
-    Traceback (most recent call last):
-        ...
-    FileNotFoundError: /nowhere does not exist; expected cifar-10-batches-bin, cifar-10-batches-py, ...
-    """
+def _load_cifar(name: str, root: str | os.PathLike[str], verify: bool) -> ImageDataset:
     form, folder = _locate(_FORMS[name], Path(root).expanduser())
     if form.pickled and not verify:
         raise ValueError(f"{folder} holds pickles, which are read only with verify=True: use the binary version")

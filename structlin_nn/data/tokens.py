@@ -75,7 +75,7 @@ class TokenData:
 
 
 def open_tokens(
-    folder: str | os.PathLike[str], *, vocab_size: int | None = None, name: str | None = None, digest: str | None = None
+    folder: str | os.PathLike[str], *, vocab_size: int | None = None, digest: str | None = None
 ) -> TokenData:
     """Open a folder of token files.
 
@@ -88,8 +88,6 @@ def open_tokens(
     vocab_size
         Size of the vocabulary, for files without ``meta.json``; without either, GPT-2's 50257 is taken, as nanoGPT
         does.
-    name
-        Name of the corpus, in place of that of ``meta.json`` or the folder.
     digest
         ``TokenData.digest`` of another process of the same run, taken without reading the tokens.
 
@@ -105,8 +103,8 @@ def open_tokens(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     for split in SPLITS:
     ...         np.arange(9, dtype=np.uint16).tofile(f"{folder}/{split}.bin")
-    ...     open_tokens(folder, vocab_size=9, name="counting")
-    TokenData('counting': 9 training and 9 validation tokens, vocabulary 9)
+    ...     open_tokens(folder, vocab_size=9)
+    TokenData('...': 9 training and 9 validation tokens, vocabulary 9)
     """
     place = Path(folder).expanduser()
     if not place.is_dir():
@@ -127,7 +125,7 @@ def open_tokens(
                 )
         digest = hashlib.sha256("".join(sums[split] for split in SPLITS).encode()).hexdigest()
     return TokenData(
-        **maps, vocab_size=vocabulary, name=name or meta.get("name") or place.resolve().name, digest=digest,
+        **maps, vocab_size=vocabulary, name=meta.get("name") or place.resolve().name, digest=digest,
         tokenizer=meta.get("tokenizer"), end_of_text=meta.get("end_of_text"), folder=place,
     )  # fmt: skip
 

@@ -16,9 +16,10 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,8 +28,15 @@ from jax.extend import core
 
 from structlin.execution.jax_cpu import as_chains, macs_of
 from structlin_nn._flops import FLOPS, fft_flops, qr_flops, svd_flops
+from structlin_nn._text import occurrences
+
+__all__ = ["JaxCount", "UnknownPrimitiveError", "count"]
 
 PRODUCT, NO_PRODUCT, UNKNOWN, COMPOSITE = "product", "no product", "unknown", "composite"
+
+
+class UnknownPrimitiveError(ValueError):
+    """Error of a strict count for a primitive of unknown cost."""
 
 
 class Work(NamedTuple):
@@ -130,153 +138,128 @@ def classify(name: str) -> str:
     return COMPOSITE if name in _COMPOSITE else UNKNOWN
 
 
-# -- products ------------------------------------------------------------------------------------------------------
+# -- formulas: functions of the shapes of operands and results, and of the parameters -------------------------------
+
+Shapes = list[tuple[int, ...]]
+Parameters = Mapping[str, Any]
+prod = math.prod
 
 
-def _shapes(equation: Any) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+def _register(table: Mapping[str, Callable[[Shapes, Shapes, Parameters], Any]]) -> None:
+    def work(formula: Callable[[Shapes, Shapes, Parameters], Any], equation: Any) -> Any:
+        return formula(*_shapes(equation), equation.params)
+
+    for names, formula in table.items():
+        for name in names.split():
+            register_primitive(name)(partial(work, formula))
+
+
+def _shapes(equation: Any) -> tuple[Shapes, Shapes]:
     """Return the shapes of operands and results."""
     sides = (equation.invars, equation.outvars)
     inputs, outputs = ([tuple(getattr(x.aval, "shape", ())) for x in side] for side in sides)
     return inputs, outputs
 
 
-@register_primitive("dot_general")
-@register_primitive("scaled_dot")
-@register_primitive("bcoo_dot_general_sampled")
-def _(equation: Any) -> int:
+def _contraction(inputs: Shapes, outputs: Shapes, p: Parameters) -> int:
     """Count one product along the contracted axes for each element of the result."""
-    (contracted, _), _ = equation.params["dimension_numbers"]
-    inputs, outputs = _shapes(equation)
-    return math.prod(outputs[0]) * math.prod(inputs[0][axis] for axis in contracted)
+    (contracted, _), _ = p["dimension_numbers"]
+    return prod(outputs[0]) * prod(inputs[0][axis] for axis in contracted)
 
 
-@register_primitive("ragged_dot_general")
-def _(equation: Any) -> int:
+def _ragged(inputs: Shapes, outputs: Shapes, p: Parameters) -> int:
     """Count a grouped product, with groups of rows, of the contracted axis or of the batch."""
-    numbers = equation.params["ragged_dot_dimension_numbers"]
+    numbers = p["ragged_dot_dimension_numbers"]
     (contracted, _), _ = numbers.dot_dimension_numbers
-    (left, _, sizes), (output,) = _shapes(equation)
-    macs = math.prod(output) * math.prod(left[axis] for axis in contracted)
+    left, _, sizes = inputs
+    macs = prod(outputs[0]) * prod(left[axis] for axis in contracted)
     inner = not numbers.rhs_group_dimensions and set(numbers.lhs_ragged_dimensions) <= set(contracted)
     return macs // sizes[-1] if inner and sizes[-1] else macs
 
 
-@register_primitive("conv_general_dilated")
-def _(equation: Any) -> int:
+def _convolution(inputs: Shapes, outputs: Shapes, p: Parameters) -> int:
     """Count a convolution: each output element multiplies one kernel over the channels of its group, with zeros."""
-    inputs, outputs = _shapes(equation)
-    layout = equation.params["dimension_numbers"].rhs_spec  # (features out, features in, spatial...)
-    return math.prod(outputs[0]) * math.prod(inputs[1][axis] for axis in layout[1:])
+    layout = p["dimension_numbers"].rhs_spec  # (features out, features in, spatial...)
+    return prod(outputs[0]) * prod(inputs[1][axis] for axis in layout[1:])
 
 
-@register_primitive("scaled_matmul")
-@register_primitive("scaled_matmul_wrapper")
-def _(equation: Any) -> int:
-    inputs, outputs = _shapes(equation)
-    return math.prod(outputs[0]) * inputs[0][-1]
+def _scores(inputs: Shapes, p: Parameters) -> int:
+    """Count one product of the size of the scores, for queries and keys (batch, tokens, heads, size)."""
+    q, k = inputs[:2]
+    return prod(q) * k[2 if p.get("layout", 0) else 1]
 
 
-def _attention(equation: Any, products: int) -> int:
-    """Count ``products`` products of the size of the scores, for queries and keys (batch, tokens, heads, size)."""
-    q, k = _shapes(equation)[0][:2]
-    tokens = 2 if equation.params.get("layout", 0) else 1
-    return products * math.prod(q) * k[tokens]
-
-
-for _name in ("dot_product_attention_fwd", "dot_product_attention_fp8_fwd"):
-    for _end in ("", "_wrapper"):
-        register_primitive(_name + _end)(lambda equation: _attention(equation, 2))
-        # The backward pass computes the scores again, and the gradients of values, weights, queries and keys.
-        register_primitive(_name.replace("fwd", "bwd") + _end)(lambda equation: _attention(equation, 5))
-
-
-# -- sparse --------------------------------------------------------------------------------------------------------
-
-
-@register_primitive("bcoo_dot_general")
-@register_primitive("bcsr_dot_general")
-def _(equation: Any) -> int:
+def _sparse(inputs: Shapes, outputs: Shapes, p: Parameters) -> int:
     """Count a sparse product: each stored number, padding included, multiplies the free axes of the other operand."""
-    (_, contracted), (_, batched) = equation.params["dimension_numbers"]
-    inputs, _ = _shapes(equation)
-    other = inputs[-1]
-    return math.prod(inputs[0]) * math.prod(n for axis, n in enumerate(other) if axis not in {*contracted, *batched})
+    (_, contracted), (_, batched) = p["dimension_numbers"]
+    return prod(inputs[0]) * prod(n for axis, n in enumerate(inputs[-1]) if axis not in {*contracted, *batched})
 
 
-for _name in ("coo_matvec", "csr_matvec", "coo_spmv", "csr_spmv"):
-    register_primitive(_name)(lambda equation: math.prod(_shapes(equation)[0][0]))
-for _name in ("coo_matmat", "csr_matmat", "coo_spmm", "csr_spmm"):
-    register_primitive(_name)(lambda equation: math.prod(_shapes(equation)[0][0]) * _shapes(equation)[1][0][-1])
+def _fft(inputs: Shapes, outputs: Shapes, p: Parameters) -> Work:
+    """Count an FFT; a real FFT (RFFT, IRFFT) costs half as much as a complex one."""
+    kind, n = p["fft_type"].name, prod(p["fft_lengths"])
+    signal = outputs[0] if kind == "IRFFT" else inputs[0]
+    return Work(0, prod(signal) // n * fft_flops(n, "RFFT" in kind) if n else 0)
 
 
-# -- LAPACK, by structlin_nn._flops --------------------------------------------------------------------------------
+def _lapack(flops: Callable[[int, int, Parameters, Shapes], Fraction | int], of: int = 0) -> Callable[..., int]:
+    """Count the FLOPs of one m x n matrix, the operand ``of``, by its sizes, parameters and the shapes of operands."""
+
+    def formula(inputs: Shapes, outputs: Shapes, p: Parameters) -> int:
+        *batch, m, n = inputs[of]
+        return round(prod(batch) * flops(m, n, p, inputs) / 2)
+
+    return formula
 
 
-def _register(name: str, flops: Callable[[int, int, Any, list[tuple[int, ...]]], Fraction | int]) -> None:
-    """Register FLOPs for one m x n matrix, a function of the parameters and the shapes of all operands."""
-
-    def formula(equation: Any) -> int:
-        inputs, _ = _shapes(equation)
-        *batch, m, n = inputs[0]
-        return round(math.prod(batch) * flops(m, n, equation.params, inputs) / 2)
-
-    register_primitive(name)(formula)
-
-
-def _eigen(m: int, n: int, parameters: Any, inputs: Any) -> Fraction | int:
-    vectors = parameters.get("compute_left_eigenvectors", True) or parameters.get("compute_right_eigenvectors", True)
+def _eigen(m: int, n: int, p: Parameters, x: Shapes) -> Fraction | int:
+    vectors = p.get("compute_left_eigenvectors", True) or p.get("compute_right_eigenvectors", True)
     return FLOPS["eig" if vectors else "eigvals"](n)
 
 
-_register("cholesky", lambda m, n, p, x: FLOPS["cholesky"](n))
-_register("cholesky_update", lambda m, n, p, x: FLOPS["cholesky_update"](n))
-_register("lu", lambda m, n, p, x: FLOPS["lu"](m, n))
-_register("qr", lambda m, n, p, x: qr_flops(m, n, m if p.get("full_matrices") else min(m, n)))
-_register("geqrf", lambda m, n, p, x: FLOPS["qr"](m, n))
-_register("geqp3", lambda m, n, p, x: FLOPS["qr"](m, n))
-_register("householder_product", lambda m, n, p, x: FLOPS["householder_product"](m, n, x[1][-1]))
-_register("eigh", lambda m, n, p, x: FLOPS["eigh"](n))
-_register("eig", _eigen)
-_register("schur", lambda m, n, p, x: FLOPS["eig" if p.get("compute_schur_vectors", True) else "eigvals"](n))
-_register("svd", lambda m, n, p, x: svd_flops(m, n, p.get("compute_uv", True), p.get("full_matrices", False)))
-_register("hessenberg", lambda m, n, p, x: FLOPS["hessenberg"](n))
-_register("tridiagonal", lambda m, n, p, x: FLOPS["tridiagonal"](n))
-_register("triangular_solve", lambda m, n, p, x: FLOPS["triangular_solve"](n, x[1][-1 if p["left_side"] else -2]))
-_register("symmetric_product", lambda m, n, p, x: 2 * m * m * n)
+def _reflections(m: int, n: int, p: Parameters, x: Shapes) -> Fraction | int:
+    length, columns = (m, n) if p.get("left", True) else (n, m)
+    return FLOPS["householder_apply"](length, columns, x[1][-1])
 
 
-@register_primitive("ormqr")
-def _(equation: Any) -> int:
-    _, taus, (*batch, m, n) = _shapes(equation)[0][:3]
-    length, columns = (m, n) if equation.params.get("left", True) else (n, m)
-    return round(math.prod(batch) * FLOPS["householder_apply"](length, columns, taus[-1]) / 2)
-
-
-@register_primitive("tridiagonal_solve")
-def _(equation: Any) -> int:
-    """Count elimination and substitution along three diagonals: 3 MACs and one division for each element."""
-    return 4 * math.prod(_shapes(equation)[1][0])
-
-
-@register_primitive("fft")
-def _(equation: Any) -> Work:
-    """Count an FFT; a real FFT (RFFT, IRFFT) costs half as much as a complex one."""
-    inputs, outputs = _shapes(equation)
-    lengths = equation.params["fft_lengths"]
-    kind = equation.params["fft_type"].name
-    real = "RFFT" in kind
-    signal = outputs[0] if kind == "IRFFT" else inputs[0]
-    n = math.prod(lengths)
-    return Work(0, math.prod(signal) // n * fft_flops(n, real) if n else 0)
-
-
-__all__ = ["JaxCount", "UnknownPrimitiveError", "count"]
-
-
-class UnknownPrimitiveError(ValueError):
-    """Error of a strict count for a primitive of unknown cost."""
-
-
+_register({
+    "dot_general scaled_dot bcoo_dot_general_sampled": _contraction,
+    "ragged_dot_general": _ragged,
+    "conv_general_dilated": _convolution,
+    "scaled_matmul scaled_matmul_wrapper": lambda x, y, p: prod(y[0]) * x[0][-1],
+    """
+    dot_product_attention_fwd dot_product_attention_fwd_wrapper
+    dot_product_attention_fp8_fwd dot_product_attention_fp8_fwd_wrapper
+    """: lambda x, y, p: 2 * _scores(x, p),
+    # The backward pass computes the scores again, and the gradients of values, weights, queries and keys.
+    """
+    dot_product_attention_bwd dot_product_attention_bwd_wrapper
+    dot_product_attention_fp8_bwd dot_product_attention_fp8_bwd_wrapper
+    """: lambda x, y, p: 5 * _scores(x, p),
+    "bcoo_dot_general bcsr_dot_general": _sparse,
+    "coo_matvec csr_matvec coo_spmv csr_spmv": lambda x, y, p: prod(x[0]),
+    "coo_matmat csr_matmat coo_spmm csr_spmm": lambda x, y, p: prod(x[0]) * y[0][-1],
+    "cholesky": _lapack(lambda m, n, p, x: FLOPS["cholesky"](n)),
+    "cholesky_update": _lapack(lambda m, n, p, x: FLOPS["cholesky_update"](n)),
+    "lu": _lapack(lambda m, n, p, x: FLOPS["lu"](m, n)),
+    "qr": _lapack(lambda m, n, p, x: qr_flops(m, n, m if p.get("full_matrices") else min(m, n))),
+    "geqrf geqp3": _lapack(lambda m, n, p, x: FLOPS["qr"](m, n)),
+    "householder_product": _lapack(lambda m, n, p, x: FLOPS["householder_product"](m, n, x[1][-1])),
+    "ormqr": _lapack(_reflections, of=2),
+    "eigh": _lapack(lambda m, n, p, x: FLOPS["eigh"](n)),
+    "eig": _lapack(_eigen),
+    "schur": _lapack(lambda m, n, p, x: FLOPS["eig" if p.get("compute_schur_vectors", True) else "eigvals"](n)),
+    "svd": _lapack(lambda m, n, p, x: svd_flops(m, n, p.get("compute_uv", True), p.get("full_matrices", False))),
+    "hessenberg": _lapack(lambda m, n, p, x: FLOPS["hessenberg"](n)),
+    "tridiagonal": _lapack(lambda m, n, p, x: FLOPS["tridiagonal"](n)),
+    "triangular_solve": _lapack(
+        lambda m, n, p, x: FLOPS["triangular_solve"](n, x[1][-1 if p["left_side"] else -2])
+    ),
+    "symmetric_product": _lapack(lambda m, n, p, x: 2 * m * m * n),
+    # Elimination and substitution along three diagonals: 3 MACs and one division for each element.
+    "tridiagonal_solve": lambda x, y, p: 4 * prod(y[0]),
+    "fft": _fft,
+})  # fmt: skip
 for _name in ("structlin_chain", "structlin_chain_gradients", "structlin_chain_tangent"):
     register_primitive(_name)(macs_of)
 
@@ -324,19 +307,17 @@ class JaxCount:
         return json.dumps(self.to_dict(), **options)
 
     def __str__(self) -> str:
-        missing = ", ".join(f"{name} x{number}" for name, number in self.unknown_ops.items())
+        missing = occurrences(self.unknown_ops)
         note = f"  without UNKNOWN primitives: {missing}" if missing else ""
+        totals = [("parameters", self.params, ""), ("forward MACs", self.macs, note)]
+        totals += [(f"  {name}", macs, "") for name, macs in self.products.items()]
+        totals += [] if self.training_macs is None else [("training MACs", self.training_macs, note)]
+        totals += [("other FLOPs, forward", self.other_flops, "")] if self.other_flops else []
         lines = [f"UNKNOWN primitives: {missing}"] if missing else []
-        lines += [f"{'parameters':<24}{self.params:>20,}", f"{'forward MACs':<24}{self.macs:>20,}{note}"]
-        lines += [f"{'  ' + name:<24}{macs:>20,}" for name, macs in self.products.items()]
-        if self.training_macs is not None:
-            lines.append(f"{'training MACs':<24}{self.training_macs:>20,}{note}")
-        if self.other_flops:
-            lines.append(f"{'other FLOPs, forward':<24}{self.other_flops:>20,}")
+        lines += [f"{label:<24}{number:>20,}{more}" for label, number, more in totals]
         if self.unbounded:
             lines.append(f"MACs of one round of each while loop, not counted: {', '.join(map(str, self.unbounded))}")
-        free = ", ".join(f"{name} x{number}" for name, number in self.uncounted_ops.items())
-        return "\n".join([*lines, f"not counted (no products): {free or 'none'}"])
+        return "\n".join([*lines, f"not counted (no products): {occurrences(self.uncounted_ops) or 'none'}"])
 
 
 def _walk(jaxpr: Any) -> JaxCount:
@@ -380,7 +361,7 @@ def _add(total: JaxCount, more: JaxCount, times: int = 1) -> None:
     total.unbounded += more.unbounded
 
 
-def _inner(parameters: dict[str, Any]) -> Any:
+def _inner(parameters: dict[str, Any]) -> Iterator[Any]:
     for value in parameters.values():
         items = value if isinstance(value, tuple | list) else (value,)
         yield from (item for item in items if isinstance(item, core.ClosedJaxpr | core.Jaxpr))
@@ -418,7 +399,7 @@ def count(
     if isinstance(model, nnx.Module):
         split: Any = nnx.split(model, nnx.Param, ...)
         graph, state, rest = split
-        params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
+        params = sum(prod(leaf.shape) for leaf in jax.tree.leaves(state))
 
         def call(state: Any, rest: Any, *inputs: Any, **keywords: Any) -> Any:
             return nnx.merge(graph, state, rest)(*inputs, **keywords)
@@ -427,26 +408,23 @@ def count(
     else:
         kinds = [[jax.numpy.result_type(leaf) for leaf in jax.tree.leaves(x)] for x in inputs]
         wanted = tuple(n for n, own in enumerate(kinds) if all(jax.numpy.issubdtype(k, jax.numpy.inexact) for k in own))
+
+    def loss(*arguments: Any, **keywords: Any) -> Any:
+        return sum(leaf.sum() for leaf in jax.tree.leaves(call(*arguments, **keywords)))
+
     with as_chains():
         counted = _walk(jax.make_jaxpr(call)(*arguments, **keywords).jaxpr)
+        if training:
+            both = _walk(jax.make_jaxpr(jax.value_and_grad(loss, argnums=wanted))(*arguments, **keywords).jaxpr)
+            counted.training_macs, counted.training_other_flops = both.macs, both.other_flops
+            counted.unknown_ops = {**both.unknown_ops, **counted.unknown_ops}
     counted.params = params
     counted.products = {name: macs for name, macs in counted.products.items() if macs or name != "fft"}
     counted.uncounted_ops = dict(sorted(counted.uncounted_ops.items()))
     counted.unknown_ops = dict(counted.unknown_ops)
-    if training:
-
-        def loss(*arguments: Any, **keywords: Any) -> Any:
-            return sum(leaf.sum() for leaf in jax.tree.leaves(call(*arguments, **keywords)))
-
-        with as_chains():
-            both = jax.make_jaxpr(jax.value_and_grad(loss, argnums=wanted))(*arguments, **keywords)
-        again = _walk(both.jaxpr)
-        counted.training_macs, counted.training_other_flops = again.macs, again.other_flops
-        counted.unknown_ops = {**again.unknown_ops, **counted.unknown_ops}
     if strict and counted.unknown_ops:
-        names = ", ".join(f"{name} x{number}" for name, number in counted.unknown_ops.items())
         raise UnknownPrimitiveError(
-            f"the cost of these primitives is unknown: {names}; register them with register_primitive or "
-            "register_no_product"
+            f"the cost of these primitives is unknown: {occurrences(counted.unknown_ops)}; register them with "
+            "register_primitive or register_no_product"
         )
     return counted

@@ -30,17 +30,20 @@ Model = MLP | ViT | GPT2
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A named model: its class, the class of its sizes, and those that differ from the defaults.
+    """A named model: its class, and the sizes that differ from the defaults of ``model.config_class``.
 
     ``base_width`` is that at which the paper tuned the learning rate, and ``extra_multipliers`` are further factors on
     the learning rate of the factors of a layer, by the layer's name.
     """
 
     model: type[Model]
-    config: type[MLPConfig | ViTConfig | GPT2Config]
     base_width: int
     sizes: Mapping[str, Any] = field(default_factory=dict)
     extra_multipliers: Mapping[str | Pattern[str], float] = field(default_factory=dict)
+
+    def config(self, **sizes: Any) -> Any:
+        """Return the sizes of the model, some of them other than the named model's."""
+        return self.model.config_class(**{**self.sizes, **sizes})
 
     @property
     def layers(self) -> str:
@@ -50,19 +53,16 @@ class ModelSpec:
     @property
     def options(self) -> tuple[str, ...]:
         """Names of the sizes other than the width."""
-        return tuple(f.name for f in fields(self.config) if f.name not in ("width", "structure"))
+        return tuple(f.name for f in fields(self.model.config_class) if f.name not in ("width", "structure"))
 
 
 MODELS: dict[str, ModelSpec] = {
-    "cifar-mlp": ModelSpec(MLP, MLPConfig, base_width=64, extra_multipliers={"input": 0.1}),
+    "cifar-mlp": ModelSpec(MLP, 64, extra_multipliers={"input": 0.1}),
     "cifar-vit": ModelSpec(
-        ViT,
-        ViTConfig,
-        base_width=64,
-        sizes={"depth": 3, "heads": 8, "num_classes": 10, "input_shape": (3, 32, 32), "patch": 8},
+        ViT, 64, {"depth": 3, "heads": 8, "num_classes": 10, "input_shape": (3, 32, 32), "patch": 8}
     ),
-    "imagenet-vit": ModelSpec(ViT, ViTConfig, base_width=256),
-    "gpt2": ModelSpec(GPT2, GPT2Config, base_width=768),
+    "imagenet-vit": ModelSpec(ViT, 256),
+    "gpt2": ModelSpec(GPT2, 768),
 }
 
 
@@ -107,8 +107,7 @@ def build_model(
     structure = StructureConfig() if structure is None else structure
     if not isinstance(structure, StructureConfig):
         raise TypeError(f"structure must be a StructureConfig, got {structure!r}")
-    config = spec.config(width=width, structure=structure, **{**spec.sizes, **sizes})
-    return spec.model(config, device=device, dtype=dtype)
+    return spec.model(spec.config(width=width, structure=structure, **sizes), device=device, dtype=dtype)
 
 
 def base_model(name: str, base_width: int | None = None, **sizes: Any) -> Model:
@@ -136,5 +135,5 @@ def base_model(name: str, base_width: int | None = None, **sizes: Any) -> Model:
     taken = {key: value for key, value in sizes.items() if key not in ("heads", "head_dim")}
     width = spec.base_width if base_width is None else base_width
     if "heads" in spec.options:
-        taken["heads"] = math.gcd(spec.sizes.get("heads", getattr(spec.config, "heads", 1)), width)
+        taken["heads"] = math.gcd(spec.sizes.get("heads", getattr(spec.model.config_class, "heads", 1)), width)
     return build_model(name, width=width, device="meta", **taken)

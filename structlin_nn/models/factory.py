@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
 from torch import nn
 
 import structlin
@@ -77,7 +76,7 @@ class StructureConfig:
 
 
 class LinearFactory:
-    """Makes the linear layers of one model, structured or dense according to their role.
+    """Makes the linear layers of one model, structured or dense according to their role; ``common`` are options of all.
 
     Examples
     --------
@@ -86,61 +85,37 @@ class LinearFactory:
     (60, 96)
     """
 
-    def __init__(
-        self, structure: StructureConfig, default_layers: str, device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
-        self.structure = structure
+    layer: Any = StructuredLinear
+    bias_option = "bias"
+
+    def __init__(self, structure: StructureConfig, default_layers: str, **common: Any) -> None:
+        self.structure, self.common = structure, common
         self.roles = LAYER_PRESETS[structure.layers or default_layers]
-        self.device, self.dtype = device, dtype
 
     def __call__(
         self, in_features: int, out_features: int, *, role: str = "hidden", bias: bool = True, zero_init: bool = False,
         gain: bool = True,
-    ) -> StructuredLinear:  # fmt: skip
-        """Return a layer ``(..., in_features) -> (..., out_features)``; the options are those of :meth:`layer_options`.
-
-        ``zero_init`` zeroes the factor that is applied last.
-        """
-        return StructuredLinear(
-            in_features, out_features, bias, self.device, self.dtype, zero_init=zero_init,
-            **self.layer_options(role, gain),
-        )  # fmt: skip
-
-    def layer_options(self, role: str, gain: bool) -> dict[str, Any]:
-        """Return the structure of a layer by its role, with its options; ValueError for an unknown role.
+    ) -> Any:  # fmt: skip
+        """Return a layer ``(..., in_features) -> (..., out_features)``; ValueError for an unknown role.
 
         A layer of the role ``input`` reads the data, one of the role ``output`` makes the logits, others are
-        ``hidden``. ``gain=False`` leaves out the learned gains of an RMS-capped layer.
+        ``hidden``. ``gain=False`` leaves out the learned gains of an RMS-capped layer, and ``zero_init`` zeroes the
+        factor that is applied last.
         """
         check_known("role", role, ROLES)
+        config, options = self.structure, {**self.common, self.bias_option: bias, "zero_init": zero_init}
         if role not in self.roles:
-            return {"structure": "dense"}
-        config = self.structure
-        capped: dict[str, Any] = {"rms_cap": config.rms_cap, "gain": gain and config.rms_cap, "rule": config.rule}
-        return {"structure": config.name, **capped, **config.options}
+            return self.layer(in_features, out_features, structure="dense", **options)
+        options |= {"rms_cap": config.rms_cap, "gain": gain and config.rms_cap, "rule": config.rule, **config.options}
+        return self.layer(in_features, out_features, structure=config.name, **options)
 
-    def norm(self, size: int, bias: bool = True) -> nn.LayerNorm:
+    def norm(self, size: int, bias: bool = True) -> Any:
         """Return a LayerNorm over the last axis."""
-        return nn.LayerNorm(size, bias=bias, device=self.device, dtype=self.dtype)
+        return nn.LayerNorm(size, bias=bias, **self.common)
 
-    def embedding(self, count: int, size: int) -> nn.Embedding:
+    def embedding(self, count: int, size: int) -> Any:
         """``count`` learned vectors, drawn from N(0, 1): features of RMS 1, whatever the width."""
-        return nn.Embedding(count, size, device=self.device, dtype=self.dtype)
-
-
-def check_positive(config: Any, *names: str) -> None:
-    """Raise ValueError unless the named attributes of ``config`` are positive integers."""
-    for name in names:
-        check_integer(name, getattr(config, name))
-
-
-def check_shape(shape: Any) -> tuple[int, int, int]:
-    """Return (channels, height, width) as a tuple of positive integers; ValueError for other values."""
-    shape = tuple(shape)
-    if len(shape) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
-        raise ValueError(f"input_shape is (channels, height, width) in positive integers, got {shape}")
-    return shape
+        return nn.Embedding(count, size, **self.common)
 
 
 def check_images(x: Any, shape: tuple[int, int, int]) -> None:
@@ -149,14 +124,29 @@ def check_images(x: Any, shape: tuple[int, int, int]) -> None:
         raise ValueError(f"images of shape (batch, *{shape}) are needed, got {tuple(x.shape)}")
 
 
-def resolve_head_dim(config: Any) -> None:
-    """Fill in ``config.head_dim``: the width divided by the number of heads, rounded down."""
-    check_positive(config, "width", "heads")
-    if config.head_dim is None:
-        if config.heads > config.width:
-            raise ValueError(f"width {config.width} is smaller than the number of heads {config.heads}; pass head_dim")
-        object.__setattr__(config, "head_dim", config.width // config.heads)
-    check_positive(config, "head_dim")
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a model, checked by their types; ``head_dim`` None becomes the width divided by the number of heads."""
+
+    width: int
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):  # their types are strings, by `from __future__ import annotations`
+            name, value = entry.name, getattr(self, entry.name)
+            if name == "head_dim" and value is None:
+                heads: int = self.heads  # type: ignore[attr-defined]
+                if heads > self.width:
+                    raise ValueError(f"width {self.width} is smaller than the number of heads {heads}; pass head_dim")
+                value = self.width // heads
+            if name == "input_shape":
+                value = tuple(value)
+                if len(value) != 3 or any(type(n) is not int or n < 1 for n in value):
+                    raise ValueError(f"{name} is (channels, height, width) in positive integers, got {value}")
+            if entry.type in ("int", "int | None"):
+                check_integer(name, value)
+            if entry.type == "bool" and not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
+            object.__setattr__(self, name, value)
 
 
 class AttentionParts:

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structlin_nn.models.networks import GPT2, MLP, GPT2Config, MLPConfig, ViT, ViTConfig
+from structlin_nn.models.networks import GPT2, MLP, GPT2Config, ViT
 from structlin_nn.torch.files import check_entries, fill, read_structured, read_tensors, save_structured
 
 __all__ = ["build_of", "load_gpt2", "load_model", "make_timm", "save_model"]
 
-_KINDS: dict[str, tuple[Any, Any]] = {"MLP": (MLP, MLPConfig), "ViT": (ViT, ViTConfig), "GPT2": (GPT2, GPT2Config)}
+_KINDS: dict[str, Any] = {"MLP": MLP, "ViT": ViT, "GPT2": GPT2}
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TIMM_OPTIONS = ("num_classes", "img_size")
 
@@ -103,12 +103,12 @@ def build_of(model: nn.Module) -> dict[str, Any]:
     """
     if (made := getattr(model, "structlin_build", None)) is not None:
         return made
-    for kind, (model_class, config_class) in _KINDS.items():
-        if type(model) is model_class:
-            config: Any = model.config
-            values = {f.name: getattr(config, f.name) for f in fields(config_class) if f.name != "structure"}
-            return {"kind": kind, "config": {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}}
-    raise TypeError(f"the model must be one of structlin_nn.models, got {type(model).__name__}; for others pass build")
+    kind = type(model).__name__
+    if type(model) is not _KINDS.get(kind):
+        raise TypeError(f"the model must be one of structlin_nn.models, got {kind}; for others pass build")
+    config: Any = model.config
+    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "structure"}
+    return {"kind": kind, "config": {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}}
 
 
 def build_dense(build: Mapping[str, Any]) -> nn.Module:
@@ -116,9 +116,8 @@ def build_dense(build: Mapping[str, Any]) -> nn.Module:
     _check(build)
     if build["kind"] == "timm":
         return make_timm(build["name"], **build["options"])
-    model_class, config_class = _KINDS[build["kind"]]
     with torch.random.fork_rng(devices=[]):
-        return model_class(_config(build, config_class))
+        return _KINDS[build["kind"]](_config(build))
 
 
 def make_timm(name: str, **options: Any) -> nn.Module:
@@ -152,21 +151,19 @@ def _check(build: Mapping[str, Any]) -> None:
     kind = build.get("kind")
     if kind == "timm":
         options = build.get("options")
-        fine = isinstance(options, dict) and all(
-            name in TIMM_OPTIONS and isinstance(value, int) and not isinstance(value, bool)
-            for name, value in options.items()
-        )
+        fine = isinstance(options, dict) and all(n in TIMM_OPTIONS and type(v) is int for n, v in options.items())
         if build.keys() != {"kind", "name", "options"} or not isinstance(build["name"], str) or not fine:
             raise ValueError(f"a model of timm is built from name and options ({', '.join(TIMM_OPTIONS)}), got {build}")
     elif kind in _KINDS:
         if build.keys() != {"kind", "config"} or not isinstance(build["config"], dict):
             raise ValueError(f"a {kind} is built from its config, got {build}")
-        _config(build, _KINDS[kind][1])
+        _config(build)
     else:
         raise ValueError(f"a model is built from kind, one of {', '.join((*_KINDS, 'timm'))}, got {build}")
 
 
-def _config(build: Mapping[str, Any], config_class: Any) -> Any:
+def _config(build: Mapping[str, Any]) -> Any:
+    config_class = _KINDS[build["kind"]].config_class
     known = {f.name for f in fields(config_class)} - {"structure"}
     values = {n: tuple(v) if isinstance(v, list) else v for n, v in build["config"].items()}
     if wrong := values.keys() ^ known:
@@ -191,10 +188,7 @@ _PLACES = {
 }  # fmt: skip
 
 
-def load_gpt2(
-    source: nn.Module | str | os.PathLike[str], *, untie: bool = False, device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> GPT2:  # fmt: skip
+def load_gpt2(source: nn.Module | str | os.PathLike[str], *, untie: bool = False) -> GPT2:
     """GPT-2 as published, with the weights of transformers: the logits are the same up to rounding.
 
     The files need neither transformers nor pickles. Source of the format: transformers' `GPT2LMHeadModel`; of the
@@ -207,15 +201,12 @@ def load_gpt2(
         a .safetensors file beside its ``config.json``.
     untie
         Give the model a head of its own, a copy of the token embedding, so that it can be projected too.
-    device
-        Device of the model.
-    dtype
-        Dtype of the model. None takes that of the token embedding.
 
     Returns
     -------
     structlin_nn.models.GPT2
-        A model in evaluation mode. It has no dropout; a configuration's is for training, and not taken over.
+        A model on the CPU, in evaluation mode, with the dtype of the token embedding. It has no dropout; a
+        configuration's is for training, and not taken over.
 
     Raises
     ------
@@ -228,12 +219,12 @@ def load_gpt2(
     config = _gpt2_config(settings, tied)
     given = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     own = _renamed({name: tensor for name, tensor in given.items() if not _MASKS.match(name)}, tied)
-    model = GPT2(config, device="meta", dtype=dtype or own["tokens.weight"].dtype)
+    model = GPT2(config, device="meta", dtype=own["tokens.weight"].dtype)
     try:
         check_entries(model.state_dict(), own)
     except ValueError as error:
         raise ValueError(f"the weights do not make a GPT-2 of {config.depth} blocks: {error}") from error
-    model = model.to_empty(device=device or "cpu")
+    model = model.to_empty(device="cpu")
     model.load_state_dict(own)
     return model.eval()
 

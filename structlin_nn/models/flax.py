@@ -13,22 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import torch
 from flax import nnx
 from jax import Array
 
 from structlin_nn import models
 from structlin_nn.flax.linear import Index, StructuredLinear
-from structlin_nn.models import LinearFactory, MLPConfig, StructureConfig
-from structlin_nn.models.factory import (
-    AttentionParts,
-    BlockParts,
-    GPT2Parts,
-    MLPBlockParts,
-    MLPParts,
-    ViTParts,
-    check_images,
-)
+from structlin_nn.models import LinearFactory, MLPConfig, StructureConfig, factory
+from structlin_nn.models.networks import pixel_order
 
 __all__ = ["GPT2", "MLP", "MODELS", "ViT", "base_model", "build_model"]
 
@@ -38,21 +29,12 @@ _EPSILON = 1e-5  # torch's, for layer norms
 class _Maker(LinearFactory):
     """Makes the layers of one model as the factory of torch does."""
 
-    def __init__(self, structure: StructureConfig, default_layers: str, **common: Any) -> None:
-        super().__init__(structure, default_layers)
-        self.common = common
+    layer, bias_option = StructuredLinear, "use_bias"
 
-    def __call__(  # type: ignore[override]
-        self, d_in: int, d_out: int, *, role: str = "hidden", bias: bool = True, zero_init: bool = False,
-        gain: bool = True,
-    ) -> StructuredLinear:  # fmt: skip
-        options = {**self.common, **self.layer_options(role, gain)}
-        return StructuredLinear(d_in, d_out, use_bias=bias, zero_init=zero_init, **options)
-
-    def norm(self, size: int, bias: bool = True) -> nnx.LayerNorm:  # type: ignore[override]
+    def norm(self, size: int, bias: bool = True) -> nnx.LayerNorm:
         return nnx.LayerNorm(size, epsilon=_EPSILON, use_bias=bias, use_fast_variance=False, **self.common)
 
-    def embedding(self, count: int, size: int) -> nnx.Embed:  # type: ignore[override]
+    def embedding(self, count: int, size: int) -> nnx.Embed:
         return nnx.Embed(count, size, embedding_init=nnx.initializers.normal(1.0), **self.common)
 
 
@@ -69,14 +51,14 @@ class _Model(nnx.Module):
         self.make(_Maker(config.structure, self.default_layers, **common), config)
 
 
-class MLPBlock(MLPBlockParts, nnx.Module):
+class MLPBlock(factory.MLPBlockParts, nnx.Module):
     """The block of :class:`structlin_nn.models.factory.MLPBlockParts`."""
 
     def __call__(self, h: Array) -> Array:
         return h + self.down(nnx.gelu(self.up(self.norm(h)), approximate=False))
 
 
-class MLP(MLPParts, _Model):
+class MLP(factory.MLPParts, _Model):
     """Residual MLP on permuted pixels: :class:`structlin_nn.models.MLP`.
 
     (batch, channels, height, width) -> logits (batch, num_classes).
@@ -92,22 +74,19 @@ class MLP(MLPParts, _Model):
 
     def make(self, linear: _Maker, config: MLPConfig) -> None:
         """Make the layers, and the fixed order of the pixels."""
-        generator = torch.Generator().manual_seed(models.networks.PERMUTATION_SEED)
-        self.permutation = Index(
-            jnp.asarray(torch.randperm(math.prod(config.input_shape), generator=generator).numpy())
-        )
+        self.permutation = Index(jnp.asarray(pixel_order(math.prod(config.input_shape)).numpy()))
         super().make(linear, config)
 
     def __call__(self, x: Array) -> Array:
         """Return the logits of images (batch, channels, height, width)."""
-        check_images(x, self.config.input_shape)
+        factory.check_images(x, self.config.input_shape)
         h = nnx.gelu(self.input(x.reshape(len(x), -1)[:, self.permutation[...]]), approximate=False)
         for block in self.blocks:
             h = block(h)
         return self.output(h)
 
 
-class Attention(AttentionParts, nnx.Module):
+class Attention(factory.AttentionParts, nnx.Module):
     """The attention of :class:`structlin_nn.models.factory.AttentionParts`."""
 
     def __call__(self, x: Array) -> Array:
@@ -125,7 +104,7 @@ class Attention(AttentionParts, nnx.Module):
         return self.out(y.reshape(*x.shape[:-1], -1))
 
 
-class Block(BlockParts, nnx.Module):
+class Block(factory.BlockParts, nnx.Module):
     """The block of :class:`structlin_nn.models.factory.BlockParts`."""
 
     attend = Attention
@@ -135,7 +114,7 @@ class Block(BlockParts, nnx.Module):
         return x + self.down(nnx.gelu(self.up(self.ffn_norm(x)), approximate=self.gelu == "tanh"))
 
 
-class GPT2(GPT2Parts, _Model):
+class GPT2(factory.GPT2Parts, _Model):
     """Causal transformer over tokens: :class:`structlin_nn.models.GPT2`.
 
     Tokens (batch, length) -> logits (batch, length, vocabulary).
@@ -161,7 +140,7 @@ class GPT2(GPT2Parts, _Model):
         return self.tokens.attend(x) if config.tied else self.head(x)
 
 
-class ViT(ViTParts, _Model):
+class ViT(factory.ViTParts, _Model):
     """Vision transformer with a class token: :class:`structlin_nn.models.ViT`.
 
     (batch, channels, height, width) -> logits (batch, num_classes).
@@ -184,7 +163,7 @@ class ViT(ViTParts, _Model):
 
     def __call__(self, x: Array) -> Array:
         """Return the logits of images (batch, channels, height, width)."""
-        check_images(x, self.config.input_shape)
+        factory.check_images(x, self.config.input_shape)
         x = self.embedding_norm(self.patch_embedding(self.patch_norm(self.patchify(x))))
         token, positions = self.class_token(jnp.zeros((len(x), 1), int)), self.positions(jnp.arange(x.shape[1] + 1))
         x = jnp.concatenate([token.astype(x.dtype), x], axis=1) + positions.astype(x.dtype)

@@ -7,7 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -72,15 +72,20 @@ def _transformers(name: str, options: dict[str, Any]) -> Any:
 
     known = configuration_auto.CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
     folder = Path(name)
+    make: Callable[..., Any] = transformers.AutoConfig.for_model
     if (folder / "config.json").is_file() or folder.name == "config.json":
-        config = transformers.AutoConfig.from_pretrained(name, **options)
-    elif name in known:
-        config = transformers.AutoConfig.for_model(name, **options)
-    else:
+        make = transformers.AutoConfig.from_pretrained
+    elif name not in known:
         raise ValueError(
             f"transformers has no model type {name!r}{suggestion(name, known)}, and there is no "
             f"{folder / 'config.json'}"
         )
+    usual = make(name)
+    for option in options:  # a configuration stores unknown names too
+        if not hasattr(usual, option) and not hasattr(usual, f"_{option}"):
+            settings = [*vars(usual), *usual.attribute_map]
+            raise ValueError(f"the configuration of hf:{name} has no {option!r}{suggestion(option, settings)}")
+    config = make(name, **options)
     for architecture in getattr(config, "architectures", None) or ():
         if hasattr(transformers, architecture):
             return getattr(transformers, architecture)(config)
@@ -161,15 +166,19 @@ def parts_of(made: Any, name: str) -> tuple[nn.Module, Any]:
     """
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{name} must return a torch module or (module, inputs), got {made!r}")
+        got = f"({', '.join(type(x).__name__ for x in made)})" if isinstance(made, tuple) else type(made).__name__
+        raise TypeError(f"{name} must return a torch module or (module, inputs), got {got}")
     return model, inputs
 
 
-def set_structure(model: nn.Module, structure: StructureConfig) -> None:
-    """Replace the linear layers of a model of another library as a configuration says; tied ones stay dense."""
+def set_structure(model: nn.Module, structure: StructureConfig, dearer: Literal["warn", "allow"] = "warn") -> None:
+    """Replace the linear layers of a model of another library as a configuration says; tied ones stay dense.
+
+    `dearer` is what happens if layers have more MACs than dense ones.
+    """
     replace_linear(
         model, structure.name, layers=structure.layers or "all_but_last", rms_cap=structure.rms_cap,
-        rule=structure.rule, shared_weights="skip", **structure.options,
+        rule=structure.rule, shared_weights="skip", dearer=dearer, **structure.options,
     )  # fmt: skip
 
 

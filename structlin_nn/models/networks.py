@@ -12,20 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from structlin_nn.models.factory import (
-    AttentionParts,
-    BlockParts,
-    GPT2Parts,
-    LinearFactory,
-    MLPBlockParts,
-    MLPParts,
-    StructureConfig,
-    ViTParts,
-    check_images,
-    check_positive,
-    check_shape,
-    resolve_head_dim,
-)
+from structlin_nn.models import factory
+from structlin_nn.models.factory import LinearFactory, Sizes, StructureConfig
 from structlin_nn.torch import mlp, projections
 
 # Up to so many tokens, without and with a backward pass, batched products of bfloat16 are faster on a CPU than torch's
@@ -39,12 +27,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Te
 
     The result is that of torch's ``scaled_dot_product_attention``. On a CPU, short sequences of bfloat16 and
     float16 run by :func:`attend_by_products`, which is faster there.
-
-    Examples
-    --------
-    >>> q, k, v = torch.randn(3, 2, 4, 5, 8)
-    >>> attend(q, k, v, causal=True, scale=0.5).shape
-    torch.Size([2, 4, 5, 8])
     """
     half = q.dtype in (torch.bfloat16, torch.float16)
     train = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -63,7 +45,7 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: 
     return logits.softmax(-1) @ v
 
 
-class Attention(AttentionParts, nn.Module):
+class Attention(factory.AttentionParts, nn.Module):
     """The attention of :class:`structlin_nn.models.factory.AttentionParts`; a ``norm`` may be given to the call."""
 
     def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
@@ -77,7 +59,7 @@ class Attention(AttentionParts, nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
-class Block(BlockParts, nn.Module):
+class Block(factory.BlockParts, nn.Module):
     """The block of :class:`structlin_nn.models.factory.BlockParts`."""
 
     attend = Attention
@@ -94,12 +76,6 @@ class Blocks(nn.ModuleList):
 
     With ``recompute``, the backward pass has only the input of each, and computes the rest again (activation
     checkpointing: Chen et al., *Training Deep Nets with Sublinear Memory Cost*, 2016).
-
-    Examples
-    --------
-    >>> blocks = Blocks([nn.Linear(3, 3), nn.Tanh()])
-    >>> blocks(torch.zeros(2, 3)).shape
-    torch.Size([2, 3])
     """
 
     recompute = False
@@ -114,8 +90,9 @@ class Blocks(nn.ModuleList):
 
 
 class BlockModel(nn.Module):
-    """A model with ``blocks``, of the sizes ``config``."""
+    """A model with ``blocks``, of the sizes ``config``, an instance of ``config_class``."""
 
+    config_class: type
     blocks: Blocks
     default_layers: str
     make: Callable[..., None]
@@ -124,7 +101,7 @@ class BlockModel(nn.Module):
     def __init__(self, config: Any, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.config = config
-        self.make(LinearFactory(config.structure, self.default_layers, device, dtype), config)
+        self.make(LinearFactory(config.structure, self.default_layers, device=device, dtype=dtype), config)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the inputs of the blocks for the backward pass, and compute the rest again; as in timm."""
@@ -140,10 +117,9 @@ class ImageModel(BlockModel):
 
 
 @dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(Sizes):
     """Sizes of a :class:`ViT`. ``input_shape`` is (channels, height, width); ``head_dim`` None: width // heads."""
 
-    width: int
     depth: int = 12
     heads: int = 4
     head_dim: int | None = None
@@ -154,12 +130,10 @@ class ViTConfig:
     structure: StructureConfig = field(default_factory=StructureConfig)
 
     def __post_init__(self) -> None:
-        check_positive(self, "depth", "num_classes", "patch", "expansion")
-        resolve_head_dim(self)
-        shape = check_shape(self.input_shape)
-        object.__setattr__(self, "input_shape", shape)
-        if shape[1] % self.patch or shape[2] % self.patch:
-            raise ValueError(f"patches of {self.patch} x {self.patch} do not tile images of {shape[1]} x {shape[2]}")
+        super().__post_init__()
+        _, height, width = self.input_shape
+        if height % self.patch or width % self.patch:
+            raise ValueError(f"patches of {self.patch} x {self.patch} do not tile images of {height} x {width}")
 
     @property
     def patches(self) -> int:
@@ -167,7 +141,7 @@ class ViTConfig:
         return (self.input_shape[1] // self.patch) * (self.input_shape[2] // self.patch)
 
 
-class ViT(ViTParts, ImageModel):
+class ViT(factory.ViTParts, ImageModel):
     """Vision transformer with a class token (Dosovitskiy et al., 2021) and normalised queries and keys.
 
     Patch embedding with LayerNorm on both sides, pre-norm blocks, a final LayerNorm, and a head on the class token.
@@ -181,7 +155,7 @@ class ViT(ViTParts, ImageModel):
     torch.Size([2, 7])
     """
 
-    block = Block
+    block, config_class = Block, ViTConfig
 
     def patchify(self, x: Tensor) -> Tensor:
         """Return patches (batch, patches, patch * patch * channels) of images (batch, channels, height, width)."""
@@ -191,7 +165,7 @@ class ViT(ViTParts, ImageModel):
 
     def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits, or (logits, features): the head reads the features (batch, width) after the last norm."""
-        check_images(x, self.config.input_shape)
+        factory.check_images(x, self.config.input_shape)
         x = self.embedding_norm(self.patch_embedding(self.patch_norm(self.patchify(x))))
         token = self.class_token.weight.expand(x.shape[0], 1, -1)
         x = torch.cat([token, x], dim=1) + self.positions.weight
@@ -202,7 +176,7 @@ class ViT(ViTParts, ImageModel):
 
 
 @dataclass(frozen=True)
-class GPT2Config:
+class GPT2Config(Sizes):
     """Sizes of a :class:`GPT2`. ``context`` is the number of positions; ``head_dim`` None: width // heads.
 
     The rest turns the paper's model into the published GPT-2 (:mod:`structlin_nn.models.files`): ``qk_norm``
@@ -212,7 +186,6 @@ class GPT2Config:
     ``tanh`` (approximate).
     """
 
-    width: int
     depth: int = 12
     heads: int = 12
     head_dim: int | None = None
@@ -227,18 +200,14 @@ class GPT2Config:
     structure: StructureConfig = field(default_factory=StructureConfig)
 
     def __post_init__(self) -> None:
-        check_positive(self, "depth", "vocabulary", "context", "expansion")
-        resolve_head_dim(self)
-        for name in ("qk_norm", "bias", "tied"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {value!r}")
+        super().__post_init__()
         if self.attention_scale is not None and not 0 < self.attention_scale < math.inf:
             raise ValueError(f"attention_scale must be positive and finite, got {self.attention_scale!r}")
         if self.gelu not in ("none", "tanh"):
             raise ValueError(f"gelu must be 'none' or 'tanh', got {self.gelu!r}")
 
 
-class GPT2(GPT2Parts, BlockModel):
+class GPT2(factory.GPT2Parts, BlockModel):
     """Causal transformer over tokens (Radford et al., 2019), by default without biases and with an untied head.
 
     Token and position embeddings, pre-norm blocks, a final LayerNorm and a head that is structured like the rest.
@@ -252,7 +221,7 @@ class GPT2(GPT2Parts, BlockModel):
     torch.Size([2, 5, 30])
     """
 
-    block = Block
+    block, config_class = Block, GPT2Config
 
     def forward(self, tokens: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits, or (logits, features): the features (batch, length, width) are what the head reads."""
@@ -271,17 +240,13 @@ class GPT2(GPT2Parts, BlockModel):
         return torch.zeros(batch, self.config.context, dtype=torch.int64, device=device)
 
 
-PERMUTATION_SEED = 0
-
-
 @dataclass(frozen=True)
-class MLPConfig:
+class MLPConfig(Sizes):
     """Sizes of an :class:`MLP`. ``input_shape`` is (channels, height, width); ``expansion`` that of the blocks.
 
     ``bias=False`` leaves out the biases of layers and norms.
     """
 
-    width: int
     depth: int = 3
     num_classes: int = 10
     input_shape: tuple[int, int, int] = (3, 32, 32)
@@ -289,12 +254,13 @@ class MLPConfig:
     bias: bool = True
     structure: StructureConfig = field(default_factory=StructureConfig)
 
-    def __post_init__(self) -> None:
-        check_positive(self, "width", "depth", "num_classes", "expansion")
-        object.__setattr__(self, "input_shape", check_shape(self.input_shape))
+
+def pixel_order(count: int) -> Tensor:
+    """Return the fixed random order of so many pixels, the same for all images and models."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
-class MLPBlock(MLPBlockParts, nn.Module):
+class MLPBlock(factory.MLPBlockParts, nn.Module):
     """The block of :class:`structlin_nn.models.factory.MLPBlockParts`."""
 
     def forward(self, h: Tensor) -> Tensor:
@@ -302,7 +268,7 @@ class MLPBlock(MLPBlockParts, nn.Module):
         return mlp(h, self.up, self.down, norm=self.norm, residual=True)
 
 
-class MLP(MLPParts, ImageModel):
+class MLP(factory.MLPParts, ImageModel):
     """Residual MLP on permuted pixels (Qiu et al., *Compute Better Spent*, ICML 2024, section 4).
 
     The pixels of an image are put into a fixed random order, the same for all images and models, so that no
@@ -315,24 +281,23 @@ class MLP(MLPParts, ImageModel):
     torch.Size([2, 10])
     """
 
-    block = MLPBlock
+    block, config_class = MLPBlock, MLPConfig
     permutation: Tensor
 
     def make(self, linear: LinearFactory, config: MLPConfig) -> None:
         """Make the layers, and the fixed order of the pixels."""
         super().make(linear, config)
-        empty = torch.empty(math.prod(config.input_shape), dtype=torch.int64, device=linear.device)
+        empty = torch.empty(math.prod(config.input_shape), dtype=torch.int64, device=linear.common["device"])
         self.register_buffer("permutation", empty)
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
         """Write the fixed order of the pixels, for example after ``to_empty``."""
-        generator = torch.Generator().manual_seed(PERMUTATION_SEED)
-        self.permutation.copy_(torch.randperm(len(self.permutation), generator=generator, device="cpu"))
+        self.permutation.copy_(pixel_order(len(self.permutation)))
 
     def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits, or (logits, features): the features (batch, width) are what the output layer reads."""
-        check_images(x, self.config.input_shape)
+        factory.check_images(x, self.config.input_shape)
         h = F.gelu(self.input(x.flatten(1).index_select(1, self.permutation)))
         h = self.blocks(h)
         logits = self.output(h)

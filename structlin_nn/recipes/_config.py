@@ -27,13 +27,7 @@ _EXCLUSIVE = {"rank": "rank_fraction", "rank_fraction": "rank"}  # two ways to s
 
 
 def assigned(words: Sequence[str]) -> dict[str, Any]:
-    """Return the values of words NAME=VALUE, with VALUE in JSON or else a string.
-
-    Examples
-    --------
-    >>> assigned(["rank=2", "factorization=greedy"])
-    {'rank': 2, 'factorization': 'greedy'}
-    """
+    """Return the values of words NAME=VALUE, with VALUE in JSON or else a string."""
     found: dict[str, Any] = {}
     for word in words:
         name, equals, text = word.partition("=")
@@ -71,12 +65,8 @@ class RunConfig:
 
     The fields in `execution` change how a run is computed and not its result: a resumed run may change them.
 
-    Raises
-    ------
-    TypeError
-        A value of another type than the field's (an int is accepted as a float, a list as a tuple).
-    ValueError
-        A value outside of its range, an unknown name, or an option that the structure does not have.
+    TypeError: a value of another type than the field's (an int is accepted as a float, a list as a tuple). ValueError:
+    a value outside of its range, an unknown name, or an option that the structure does not have.
     """
 
     task: ClassVar[str]
@@ -140,12 +130,9 @@ class RunConfig:
         object.__setattr__(self, "options", {k: _tuples(v) for k, v in {**kept, **given}.items()})
         object.__setattr__(self, "model_options", {k: _tuples(v) for k, v in (self.model_options or {}).items()})
         if self.has_own_width:
-            usual = {entry.name: entry.default for entry in fields(self)}
             for name in ("width", "base_width"):
-                value = getattr(self, name)
-                require(
-                    value in (0, usual[name]), f"{self.model} has its own width: {name} must be omitted, got {value}"
-                )
+                value, omitted = getattr(self, name), (0, getattr(type(self), name))
+                require(value in omitted, f"{self.model} has its own width: {name} must be omitted, got {value}")
                 object.__setattr__(self, name, 0)
         if self.compile is None:
             object.__setattr__(self, "compile", self.compiles and str(self.device).startswith("cuda"))
@@ -172,9 +159,9 @@ class RunConfig:
             require(self.model in self.named, unknown("model", self.model, self.named, *others))
             require(not self.model_options, f"model_options are for other models than {self.model}")
         else:
-            usual = {entry.name: entry.default for entry in fields(self)}
             for name in self.sizes:
-                require(getattr(self, name) == usual[name], f"{name} is a size of {', '.join(self.named)}")
+                omitted = getattr(self, name) == getattr(type(self), name)
+                require(omitted, f"{name} is a size of {', '.join(self.named)}")
         allowed = structlin.structure_options(self.structure)
         for name in self.options:
             has = f"it has {', '.join(allowed)}" if allowed else "it has none"
@@ -229,10 +216,7 @@ class RunConfig:
         return [name for name in mine if mine[name] != theirs.get(name)]
 
     def check_continues(self, earlier: RunConfig, folder: object) -> None:
-        """Raise ValueError with the fields that differ, unless the run in `folder` had this configuration.
-
-        Fields of `execution` may differ.
-        """
+        """Raise ValueError with the fields that differ, other than those of `execution`, from a run in `folder`."""
         require(
             type(earlier) is type(self),
             f"the run in {folder} is one of {type(earlier).__module__}, and this is one of {type(self).__module__}",
@@ -244,14 +228,7 @@ class RunConfig:
 
 
 def overrides(kind: type[RunConfig], assignments: Sequence[str]) -> dict[str, Any]:
-    """Return changes of a configuration from words NAME=VALUE; ``options.NAME=VALUE`` is an option of the structure.
-
-    Examples
-    --------
-    >>> from structlin_nn.recipes.cifar import Config
-    >>> overrides(Config, ["lr=1e-3", "structure=monarch", "options.blocks=4"])
-    {'lr': 0.001, 'structure': 'monarch', 'options': {'blocks': 4}}
-    """
+    """Return changes of a configuration from words NAME=VALUE; ``options.NAME=VALUE`` is an option of the structure."""
     known, found = _hints(kind), dict[str, Any]()
     for key, value in assigned(assignments).items():
         name, dot, part = key.partition(".")

@@ -110,22 +110,11 @@ class Run:
 
     `group` are the processes that train together. `watch(run, loss)` is called after every step; the loss is None if it
     was not fetched. If `watch` returns True, the run writes a checkpoint and ends, as after SIGINT or SIGTERM.
+    `step` of `steps` are done, `last` is the last line of the record, and `state` is that of the checkpoint that the
+    run resumes from, or None.
 
-    Attributes
-    ----------
-    step, steps
-        Steps done, and those of the whole run.
-    last
-        The last line of the record.
-    state
-        State of the checkpoint that the run resumes from; None for a new run.
-
-    Raises
-    ------
-    FileExistsError, BlockingIOError
-        The folder holds a run, and `options.resume` is False; another process trains.
-    ValueError
-        A damaged checkpoint, or one of another configuration (the message names the differing keys).
+    FileExistsError: the folder holds a run, and `options.resume` is False. BlockingIOError: another process trains.
+    ValueError: a damaged checkpoint, or one of another configuration (the message names the differing keys).
     """
 
     versions: Sequence[str] = ("torch",)
@@ -252,17 +241,22 @@ class Run:
         total, done = steps * self.config.batch_size, self.step * self.config.batch_size
         bar = progress_bar(total, label, done=done, unit=self.config.unit, quiet=quiet)
         self._bar = self._closing.enter_context(bar)
-        said = ", ".join(f"{k.replace('_', ' ')} {_shown(v)}" for k, v in data.items() if k not in ("name", "sha256"))
+        shown = {k.replace("_", " "): f"{v:,}" if isinstance(v, int) else v for k, v in data.items()}
+        said = ", ".join(f"{key} {value}" for key, value in shown.items() if key not in ("name", "sha256"))
         shape = f", width {self.config.width}" if self.config.width else ""
         messages += [
             f"data: {data['name']}; {said}",
             f"model: {self.config.model}{shape}, {self.config.structure} {self.config.options or ''}".rstrip(),
             f"counts: {counts['params']:,} parameters, {counts['forward_macs']:,} MACs for one sample forward, "
             f"{counts['total_training_macs']:.3g} for the whole run of {steps:,} steps",
-            *_dearer(header["structures"]),
-            f"writing to {self.folder}",
         ]
-        for line in messages:
+        dear = [layer for layer in header["structures"] if layer["macs"] > layer["in_features"] * layer["out_features"]]
+        if dear:
+            messages.append(
+                f"layers with more MACs than dense ones: {len(dear)} of {len(header['structures'])}; {dear[0]['name']} "
+                f"has {dear[0]['macs']:,}, and a dense one {dear[0]['in_features'] * dear[0]['out_features']:,}"
+            )
+        for line in (*messages, f"writing to {self.folder}"):
             self.say(line)
 
     def say(self, text: str) -> None:
@@ -373,10 +367,6 @@ class Run:
         raise NotImplementedError
 
 
-def _shown(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
 def default_folder(config: Any) -> Path:
     """Return the default of `Options.out`."""
     data = f"{config.data_set}-" if hasattr(config, "data_set") else ""
@@ -478,16 +468,6 @@ def _wandb(folder: Path, config: Mapping[str, Any], started: str, step: int) -> 
 Tracker = tuple[Callable[[Mapping[str, float], int], None], Callable[[], None]]
 """A function that logs values of a step, and one that ends."""
 TRACKERS: dict[str, Callable[..., Tracker]] = {"tensorboard": _tensorboard, "wandb": _wandb}
-
-
-def _dearer(layers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a line on the structured layers that have more MACs than dense ones, if there are any."""
-    dear = [layer for layer in layers if layer["macs"] > layer["in_features"] * layer["out_features"]]
-    if not dear:
-        return []
-    first, dense = dear[0], dear[0]["in_features"] * dear[0]["out_features"]
-    return [f"layers with more MACs than dense ones: {len(dear)} of {len(layers)}; {first['name']} has "
-            f"{first['macs']:,}, and a dense one {dense:,}"]  # fmt: skip
 
 
 def versions(more: Sequence[str]) -> dict[str, str]:

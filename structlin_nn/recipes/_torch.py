@@ -34,11 +34,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def count_run(
     build: Callable[..., nn.Module], config: RunConfig, outputs: int, steps: int, sample: Tensor
 ) -> dict[str, int]:
-    """Return parameters of the model, MACs of one sample, and the size of the run, counted on the meta device.
-
-    ``training_macs`` are those of the forward and the backward pass, without the gradients that no step needs, such as
-    that of the images (`structlin_nn.counting`): between two and three times ``forward_macs``.
-    """
+    """Return parameters, MACs of one sample, and the size of the run, counted on the meta device."""
     with torch.device("meta"):
         model = build(config.replace(recompute=False), outputs)
     try:
@@ -333,12 +329,6 @@ class TorchRun(Steps):
         self.forward = self.group.wrap(self.model, DTYPES[self.config.precision])
         return self.model
 
-    def _built(self, build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        """`build`, or what builds a model with the layers of the trained weights that the run started from."""
-        if self.init_from is None or self.init_from["structured_layers"] is None:
-            return build
-        return lambda config, outputs: model_of(self._described["build"], self._described["layout"])
-
     def start(
         self, build: Callable[..., nn.Module], outputs: int, *, steps: int, warmup: int, sums: int, sample: Tensor,
         probe: Tensor, data: dict[str, Any], generators: Mapping[str, torch.Generator] | None = None, **rules: Any,
@@ -368,7 +358,9 @@ class TorchRun(Steps):
         }
         if self.init_from is not None:
             header["init_from"] = self.init_from
-        counts = count_run(self._built(build), self.config, outputs, steps, sample)
+        layers_given = self.init_from is not None and self.init_from["structured_layers"] is not None
+        counted = (lambda *_: model_of(**self._described)) if layers_given else build
+        counts = count_run(counted, self.config, outputs, steps, sample)
         self.begin(steps=steps, counts=counts, outputs=outputs, data=data, **header)
         if self.state is not None:
             self._restore(self.state)
@@ -385,7 +377,7 @@ class TorchRun(Steps):
 
     def sync(self, last: bool) -> Any:
         """Return a context for the backward pass of a part: gradients are summed over the processes in the last one."""
-        return nullcontext() if self.group.size == 1 else self.group.sync(self.forward, last)
+        return self.group.sync(self.forward, last)
 
     def autocast(self) -> torch.autocast:
         """Products in the configuration's precision."""
@@ -487,16 +479,18 @@ class TorchRun(Steps):
         tensors = {
             "model": {name: tensor.detach() for name, tensor in self.model.state_dict().items()},
             "optimizer": {
-                name: {key: _empty(key, parameters[name]) for key in keys if name in parameters}
+                name: {  # the fused optimisers count steps in a tensor on the parameter's device
+                    k: torch.zeros((), device=p.device) if k == "step" else torch.zeros_like(p.detach()) for k in keys
+                }
                 for name, keys in state["tensors"]["optimizer"].items()
+                if (p := parameters.get(name)) is not None
             },
             "average": {} if self.average is None else self.average.tensors,
         }
         place = self.folder / CHECKPOINTS / f"{self.step:09d}"
         read_tensors(place, tensors, self.group.control)
         for name, entries in tensors["optimizer"].items():
-            if name in parameters:
-                self.optimizer.state[parameters[name]] = entries
+            self.optimizer.state[parameters[name]] = entries
         self.scaler.load_state_dict(state["scaler"])
         restore_common(self, state)
         torch.set_rng_state(decoded(state["generators"]["torch"]))
@@ -520,11 +514,6 @@ def restore_common(run: Any, state: Mapping[str, Any]) -> None:
     for name, generator in run.generators.items():
         generator.set_state(decoded(state["generators"][name]))
     run.probe.total, run.probe.count = state["probe"]
-
-
-def _empty(key: str, parameter: Tensor) -> Tensor:
-    # The fused optimisers count steps in a tensor on the parameter's device.
-    return torch.zeros((), device=parameter.device) if key == "step" else torch.zeros_like(parameter.detach())
 
 
 def encoded(state: Tensor) -> str:

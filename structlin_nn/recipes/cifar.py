@@ -54,20 +54,15 @@ class Config(RunConfig):
     named: ClassVar[tuple[str, ...]] = ("cifar-mlp", "cifar-vit")
     sizes: ClassVar[tuple[str, ...]] = ("depth", "bias")
     paper_options: ClassVar[Mapping[str, Any]] = {
-        "cifar-mlp": {
-            "low_rank": {},  # rank ceil(sqrt(min(d_in, d_out))), the default
+        model: {
+            "low_rank": low_rank,
             "kronecker": {"factorization": "greedy"},
-            "tensor_train": {"rank": 16, "factorization": "greedy"},
+            "tensor_train": {"rank": rank, "factorization": "greedy"},
             "block_tensor_train": {"rank": 1, "factorization": "greedy"},
             "monarch": {"blocks": 4},
-        },
-        "cifar-vit": {
-            "low_rank": {"rank_fraction": 0.1},
-            "kronecker": {"factorization": "greedy"},
-            "tensor_train": {"rank": 8, "factorization": "greedy"},
-            "block_tensor_train": {"rank": 1, "factorization": "greedy"},
-            "monarch": {"blocks": 4},
-        },
+        }
+        # No option of low rank: rank ceil(sqrt(min(d_in, d_out))), the default.
+        for model, low_rank, rank in (("cifar-mlp", {}, 16), ("cifar-vit", {"rank_fraction": 0.1}, 8))
     }
 
     model: str = "cifar-mlp"  # cifar-mlp, cifar-vit, timm:NAME, hf:CONFIG, or package.module:function of a width
@@ -233,17 +228,15 @@ def train(
 
 def extra_multipliers(config: Config) -> dict[str, float]:
     """Return further learning-rate multipliers, by names of layers."""
-    factor = config.input_lr_mult
-    if factor is None or factor == 1:  # None became the paper's
+    if config.input_lr_mult == 1:
         return {}
     require(config.is_named, f"input_lr_mult is for {' and '.join(config.named)}, got {config.model}")
-    return {INPUT_LAYERS[config.model]: factor}
+    return {INPUT_LAYERS[config.model]: config.input_lr_mult}  # type: ignore[dict-item]  # None became the paper's
 
 
 def augmentation(config: Config, data: ImageDataset) -> Augmentation:
-    crops: dict[str, Any] = {} if config.augment else {"crop_scale": None, "flip": 0.0}
-    smoothing = config.label_smoothing
-    return Augmentation(data.mean, data.std, data.num_classes, mixup_alpha=config.mixup, smoothing=smoothing, **crops)
+    flip, soft = 0.5 if config.augment else 0.0, {"mixup_alpha": config.mixup, "smoothing": config.label_smoothing}
+    return Augmentation(data.mean, data.std, data.num_classes, crop=config.augment, flip=flip, **soft)
 
 
 @torch.no_grad()

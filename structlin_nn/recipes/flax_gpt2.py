@@ -17,7 +17,6 @@ import torch
 
 from structlin_nn.data.tokens import IGNORE, evaluation_batches, open_tokens, token_batch
 from structlin_nn.recipes import gpt2
-from structlin_nn.recipes._config import require
 from structlin_nn.recipes._flax import FlaxConfig, FlaxRun
 from structlin_nn.recipes._run import Options, Result
 
@@ -32,8 +31,7 @@ class Config(FlaxConfig, gpt2.Config):
 def train(config: Config, options: Options, *, watch: Any = None) -> Result:
     """Train a model, or resume a run from its last checkpoint; arguments and errors as `gpt2.train`."""
     with FlaxRun(config, options, watch) as run:
-        size, left = divmod(config.batch_size, config.accumulate)
-        require(not left, f"{config.batch_size} samples cannot be split into {config.accumulate} parts")
+        size = run.group.part_size(config)
         data = open_tokens(options.needs("a folder with train.bin and val.bin"))
         vocabulary = gpt2.vocabulary_of(config, data.vocab_size)
 

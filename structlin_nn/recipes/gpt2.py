@@ -18,15 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from structlin_nn.data.tokens import (
-    GPT2_VOCABULARY,
-    IGNORE,
-    TokenData,
-    evaluation_batches,
-    open_tokens,
-    token_batch,
-    token_vocabulary,
-)  # fmt: skip
+from structlin_nn.data import TokenData, evaluation_batches, open_tokens, token_batch
+from structlin_nn.data.tokens import GPT2_VOCABULARY, IGNORE, token_vocabulary
 from structlin_nn.models import StructureConfig, build_model
 from structlin_nn.models.named import build_named
 from structlin_nn.recipes._config import RunConfig, require
@@ -63,7 +56,7 @@ class Config(RunConfig):
     unit: ClassVar[str] = "seq"
     capped: ClassVar[bool] = True
     paper_options: ClassVar[Mapping[str, Any]] = {
-        "gpt2": {"block_tensor_train": {"rank": 4, "factorization": "greedy"}},
+        "gpt2": {"block_tensor_train": {"rank": 4, "factorization": "greedy"}}
     }
 
     model: str = "gpt2"  # gpt2, hf:CONFIG, or package.module:function of a width

@@ -56,10 +56,7 @@ class Config(RunConfig):
     execution: ClassVar[frozenset[str]] = RunConfig.execution | {"workers"}
     capped: ClassVar[bool] = True
     paper_options: ClassVar[Mapping[str, Any]] = {
-        "imagenet-vit": {
-            "block_tensor_train": {"rank": 1, "factorization": "greedy"},
-            "monarch": {"blocks": 4},
-        },
+        "imagenet-vit": {"block_tensor_train": {"rank": 1, "factorization": "greedy"}, "monarch": {"blocks": 4}}
     }
 
     model: str = "imagenet-vit"  # imagenet-vit, timm:NAME, hf:CONFIG, or package.module:function of a width
@@ -95,6 +92,11 @@ class Config(RunConfig):
         require(0 <= self.erasing <= 1, f"erasing must be from 0 to 1, got {self.erasing}")
         require(self.warmup_epochs < self.epochs, f"warmup_epochs must be less than epochs, got {self.warmup_epochs}")
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape (channels, height, width) of the images."""
+        return 3, self.image_size, self.image_size
+
     def images(self) -> ImageRecipe:
         """Return the augmentation of training images."""
         return ImageRecipe(
@@ -107,7 +109,6 @@ class Config(RunConfig):
 class Options(RunOptions):
     """Files and output of a run, which do not change its result."""
 
-    format: Literal["folder", "shards", "datasets"] | None = None  # format of --data; None: detected
     num_classes: int | None = None  # number of classes, for numeric labels with missing classes
 
 
@@ -118,29 +119,23 @@ def build(config: Config, classes: int) -> nn.Module:
         sides: dict[str, Any] = {"width": config.width, "image_size": config.image_size}
         return build_named(config.model, classes, structure, **sides, **config.model_options)
     sizes = {name: getattr(config, name) for name in ("depth", "heads", "patch", "expansion")}
-    shape = (3, config.image_size, config.image_size)
-    return build_model(
-        "imagenet-vit", width=config.width, structure=structure, num_classes=classes, input_shape=shape, **sizes
-    )
+    sizes |= {"num_classes": classes, "input_shape": config.image_shape}
+    return build_model("imagenet-vit", width=config.width, structure=structure, **sizes)
 
 
 def plan(config: Config, options: Options) -> tuple[int, int, dict[str, int]]:
     """Return (classes, steps, counts) of a run before it starts; without data those of ILSVRC 2012."""
     classes, images = ILSVRC_2012
     if options.data is not None:
-        data = open_imagenet(options.data, format=options.format, num_classes=options.num_classes)
+        data = open_imagenet(options.data, num_classes=options.num_classes)
         classes, images = data.num_classes, data.train_size
     steps = _steps(config, images)
-    return classes, steps, count_run(build, config, classes, steps, _sample(config))
+    return classes, steps, count_run(build, config, classes, steps, torch.zeros(1, *config.image_shape))
 
 
 def _steps(config: Config, images: int) -> int:
     require(images >= config.batch_size, f"{images} images are less than one batch of {config.batch_size}")
     return config.epochs * (images // config.batch_size)
-
-
-def _sample(config: Config) -> Tensor:
-    return torch.zeros(1, 3, config.image_size, config.image_size)
 
 
 def train(
@@ -164,8 +159,7 @@ def train(
 
         # Images: each part of a step is a batch of the loader, as uint8, and a function of the step.
         folder = options.needs("a folder of images, of shards, or of Hugging Face data")
-        found: dict[str, Any] = {"format": options.format, "num_classes": options.num_classes}
-        data: ImageNetData = group.first(lambda: open_imagenet(folder, **found))
+        data: ImageNetData = group.first(lambda: open_imagenet(folder, num_classes=options.num_classes))
         classes, steps = data.num_classes, _steps(config, data.train_size)
         per_epoch = data.train_steps(config.batch_size)
         where: dict[str, Any] = {"rank": group.rank, "world_size": group.size, "workers": config.workers}
@@ -180,9 +174,9 @@ def train(
         model = run.make_model(build, classes)
         first = next(iter(data.val_batches(PROBED_IMAGES, size=config.image_size)))[0]
         optimizer = run.start(
-            build, classes, steps=steps, warmup=round(config.warmup_epochs * per_epoch), sums=2, sample=_sample(config),
-            probe=normalized(first, run.device), data=described(config, data),
-            rules={} if config.width else _timm_rules(model),
+            build, classes, steps=steps, warmup=round(config.warmup_epochs * per_epoch), sums=2,
+            sample=torch.zeros(1, *config.image_shape), probe=normalized(first, run.device),
+            data=described(config, data), rules={} if config.width else _timm_rules(model),
         )  # fmt: skip
 
         def evaluate() -> None:
@@ -254,5 +248,5 @@ def described(config: Config, data: ImageNetData) -> dict[str, Any]:
     return {
         "name": "imagenet" if data.num_classes == 1000 else f"{data.num_classes} classes", "format": data.format,
         "training_images": data.train_size, "val_images": data.val_size,
-        "image_shape": [3, config.image_size, config.image_size], "classes": data.num_classes, "sha256": data.digest,
+        "image_shape": list(config.image_shape), "classes": data.num_classes, "sha256": data.digest,
     }  # fmt: skip

@@ -37,8 +37,7 @@ class Moments:
     def add(self, x: Tensor) -> None:
         """Add all vectors of ``x``, of shape (..., d_in); ValueError if a value is not finite."""
         x = x.detach().reshape(-1, x.shape[-1])
-        if x.dtype in (torch.float16, torch.bfloat16):
-            x = x.float()
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         product = x.mT @ x.conj()
         if not torch.isfinite(product).all():
             raise ValueError(f"with the calibration data the inputs of layer {self.name!r} are not finite")
@@ -129,15 +128,14 @@ def gather(
         raise ValueError(f"the calibration data do not reach {listed(missing)}; exclude these layers")
     result = {}
     for layer, own in found.items():
-        vectors, reached = sum(one.vectors for one in own), [one for one in own if not one.empty]
-        if not reached:
+        vectors, others = sum(one.vectors for one in own), [str(e) for e, one in enumerate(own) if one.empty]
+        if len(others) == len(own):
             raise ValueError(f"with the calibration data all inputs of layer {layers[layer]!r} are 0; exclude it")
         if num_experts(layer) is None:
-            result[layer] = reached[0].over(vectors)
+            result[layer] = own[0].over(vectors)
             continue
-        mean: Any = sum(one.over(vectors) for one in reached)
+        mean: Any = sum(one.over(vectors) for one in own if not one.empty)
         result[layer] = torch.stack([mean / vectors if one.empty else one.over(vectors) for one in own])
-        others = [str(number) for number, one in enumerate(own) if one.empty]
         if others and notes is not None:
             what = f"expert{'s' * (len(others) > 1)} {listed(others)}"
             notes[f"{layers[layer]}: the calibration data have no input other than 0 for {what}; the second moments "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -162,16 +162,16 @@ class Forms:
         scales = np.array([problem.norm(problem.target) for problem in problems])
         whole = np.linalg.norm(scales) or 1.0
         errors = self._spectrum(problems)
+        numbers = range(len(self)) if errors is not None else self._spread()
         if errors is not None:
-            points = list(enumerate(np.linalg.norm(errors * scales[:, None], axis=0) / whole))
+            found = np.linalg.norm(errors * scales[:, None], axis=0)
         else:
-            points = [(i, np.linalg.norm(self._estimates(i, problems) * scales) / whole) for i in self._spread()]
-        lowest = np.minimum.accumulate([error for _, error in points])
-        return [(i, float(error)) for (i, _), error in zip(points, lowest, strict=True)]
+            found = np.array([np.linalg.norm(self._estimates(i, problems) * scales) for i in numbers])
+        return list(zip(numbers, np.minimum.accumulate(found / whole).tolist(), strict=True))
 
     def smallest_for(
         self, error: float, problems: Sequence[Problem], settings: Settings
-    ) -> tuple[int, list[Solution]] | None:  # fmt: skip
+    ) -> tuple[int, list[Solution]] | None:
         """Return the cheapest form with a relative error of at most ``error`` for each problem, and its solutions.
 
         None if there is none. Without a closed form, bisection with few sweeps gives a first result, and full solutions
@@ -187,14 +187,12 @@ class Forms:
         errors = self._spectrum(problems)
         if errors is not None:
             found = next((i for i in range(len(self)) if errors[:, i].max() <= error), len(self))
-            while found < len(self) and not meets(found):  # roundoff
-                found += 1
         else:
             found = bisect_left(range(len(self)), True, key=lambda i: self._estimates(i, problems).max() <= error)
             while found and meets(found - 1):
                 found -= 1
-            while found < len(self) and not meets(found):  # a run with few sweeps can end at another error
-                found += 1
+        while found < len(self) and not meets(found):  # roundoff, or few sweeps that end at another error
+            found += 1
         return (found, solved[found]) if found < len(self) else None
 
     def _estimates(self, number: int, problems: Sequence[Problem]) -> np.ndarray:
@@ -213,11 +211,11 @@ class Forms:
             found.append(errors[: len(self)] / (problem.norm(problem.target) or 1.0))
         return np.array(found)
 
-    def _spread(self) -> Iterable[int]:
-        if self.knob != "rank":
+    def _spread(self) -> Sequence[int]:
+        if self.knob != "rank" or not len(self):
             return range(len(self))
         places, place = [], 0
         while place < len(self) - 1:
             places.append(place)
             place = max(place + 1, round((place + 1) * GROWTH) - 1)
-        return [*places, len(self) - 1] if len(self) else []
+        return [*places, len(self) - 1]

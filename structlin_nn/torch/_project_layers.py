@@ -17,9 +17,10 @@ from structlin.structure import AbstractStructure
 from structlin_nn._layer import structure_of
 from structlin_nn._replacement import plain
 from structlin_nn._text import sizes_text, table
-from structlin_nn.torch._modules import is_conv1d, num_experts, sizes_of, structured_kind
+from structlin_nn.torch._modules import as_before, is_conv1d, num_experts, sizes_of
 from structlin_nn.torch._project_curve import Forms, allocate, saves
 from structlin_nn.torch.linear import StructuredLinear
+from structlin_nn.torch.replace import num_params, structured_like
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,10 @@ class LayerProjection:
         Names of the layer; several if the module is used at several places.
     shape
         Shape (d_out, d_in) of the weight.
-    structure
-        Structure of the new layer; None if the layer stays dense.
-    options
-        Options that were chosen for this layer, such as ``{"rank": 12}``.
+    structure, options
+        Structure of the new layer, and the options that were chosen for it, such as ``{"rank": 12}``.
     reason
-        Reason why the layer stays dense.
+        Reason why the layer stays dense; its structure is None.
     weight_error
         Relative error :math:`\|W - A\|_F / \|W\|_F` of the new weight A as it is stored.
     output_error
@@ -79,13 +78,11 @@ class ProjectionReport:
     layers
         Selected layers, including those that stay dense, in the order in which the model registers them.
     skipped
-        Layers that were left out because their weight is tied to another module: reason by name.
+        Names of the other selected layers, with the reason why they were left out.
     notes
         Other changes of the model.
-    max_macs
-        Budget of MACs; None if there was none.
-    max_params
-        Budget of parameters; None if there was none.
+    max_macs, max_params
+        Budget of MACs or of parameters; None if there was none.
     """
 
     layers: tuple[LayerProjection, ...]
@@ -142,7 +139,6 @@ class ProjectionReport:
 
 
 StructureOf = Callable[[str, nn.Module], AbstractStructure]
-Made = tuple[StructuredLinear | None, LayerProjection]
 
 
 def on_host(x: Tensor) -> np.ndarray:
@@ -155,14 +151,20 @@ def on_host(x: Tensor) -> np.ndarray:
 
 @dataclass
 class Task:
-    """A layer to project, with the second moments of its inputs if they are known.
+    """A layer to project, with the second moments of its inputs if they are known, and what it can become.
 
-    A layer of experts has several matrices, and second moments for each. All get the same structure.
+    A layer of experts has several matrices, and second moments for each. All get the same structure: ``fixed``, or one
+    of ``forms``. A budget determines the ``number`` of the form; the number after the last form stands for dense. The
+    ``new`` layer is None until it is made, and if the layer stays dense.
     """
 
     linear: nn.Module
     names: tuple[str, ...]
     moments: np.ndarray | None = None
+    fixed: AbstractStructure | None = None
+    forms: Forms | None = None
+    number: int | None = None
+    new: StructuredLinear | None = None
     _problems: list[Problem] | None = None
 
     def __post_init__(self) -> None:
@@ -171,22 +173,10 @@ class Task:
             raise ValueError(f"layer {self.names[0]!r} is on the meta device and has no values to project")
         if not torch.isfinite(weight).all():
             raise ValueError(f"the weight of layer {self.names[0]!r} is not finite")
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Shape (d_out, d_in) of the weight."""
         d_in, d_out = sizes_of(self.linear)
-        return d_out, d_in
-
-    @property
-    def dense_macs(self) -> int:
-        """MACs of the dense layer for one vector."""
-        return math.prod(self.shape)
-
-    @property
-    def experts(self) -> int | None:
-        """Number of experts; None for a layer with one matrix."""
-        return num_experts(self.linear)
+        self.shape = d_out, d_in
+        self.dense_macs = d_in * d_out  # for one vector
+        self.experts = num_experts(self.linear)  # None for a layer with one matrix
 
     def matrices(self) -> np.ndarray:
         """Return the weights, of shape (matrices, d_out, d_in)."""
@@ -209,22 +199,17 @@ class Task:
 
 
 class Choice:
-    """Choice of the form of each layer: by given options, by an error, or by a budget."""
+    """Choice of the form of each layer: by given options, by an error, or by a budget.
+
+    ``chosen`` has ``target_error``, ``max_macs``, ``mac_fraction``, ``max_params`` and ``param_fraction`` of
+    :func:`project_linear`.
+    """
 
     def __init__(
-        self, structure: str | AbstractStructure | StructureOf, options: Mapping[str, Any],
-        target_error: float | None, *, max_macs: int | None = None, mac_fraction: float | None = None,
-        max_params: int | None = None, param_fraction: float | None = None,
+        self, structure: str | AbstractStructure | StructureOf, options: Mapping[str, Any], **chosen: Any
     ) -> None:  # fmt: skip
-        self.structure, self.options, self.target_error = structure, options, target_error
-        self.budget = max_params if max_macs is None else max_macs
-        self.fraction = param_fraction if mac_fraction is None else mac_fraction
-        self.unit = "MACs" if max_params is None and param_fraction is None else "parameters"
+        self.structure, self.options = structure, options
         given = [k for k in ("rank", "rank_fraction") if options.get(k) is not None]
-        chosen = {
-            "target_error": target_error, "max_macs": max_macs, "mac_fraction": mac_fraction,
-            "max_params": max_params, "param_fraction": param_fraction,
-        }  # fmt: skip
         given += [k for k, v in chosen.items() if v is not None]
         if len(given) > 1:
             raise ValueError(f"give at most one of rank, {', '.join(chosen)}, got {', '.join(given)}")
@@ -235,30 +220,32 @@ class Choice:
             raise ValueError(f"{given[0]} chooses ranks, so structure must be a name, got {structure!r}")
         elif not isinstance(structure, AbstractStructure) and not callable(structure):
             raise TypeError(f"structure must be a name, a structure or a function that returns one, got {structure!r}")
-        if target_error is not None and not 0 <= target_error < math.inf:
-            raise ValueError(f"target_error must be a number of at least 0, got {target_error!r}")
-        for key in ("mac_fraction", "param_fraction"):
-            if (part := chosen[key]) is not None and not 0 < part <= 1:
-                raise ValueError(f"{key} must lie in (0, 1], got {part!r}")
-        for key in ("max_macs", "max_params"):
-            if chosen[key] is not None and (isinstance(chosen[key], bool) or not hasattr(chosen[key], "__index__")):
-                raise TypeError(f"{key} must be an integer, got {chosen[key]!r}")
+        self.target_error = chosen["target_error"]
+        if self.target_error is not None and not 0 <= self.target_error < math.inf:
+            raise ValueError(f"target_error must be a number of at least 0, got {self.target_error!r}")
+        self.unit, self.budget, self.fraction = "MACs", None, None
+        for unit, most, part in (("MACs", "max_macs", "mac_fraction"), ("parameters", "max_params", "param_fraction")):
+            budget, fraction = chosen[most], chosen[part]
+            if fraction is not None and not 0 < fraction <= 1:
+                raise ValueError(f"{part} must lie in (0, 1], got {fraction!r}")
+            if budget is not None and (isinstance(budget, bool) or not hasattr(budget, "__index__")):
+                raise TypeError(f"{most} must be an integer, got {budget!r}")
+            if budget is not None or fraction is not None:
+                self.unit, self.budget, self.fraction = unit, budget, fraction
 
     def prepare(self, given: Sequence[Task], skipped: list[tuple[str, str]]) -> list[Task]:
         """Return the layers that have forms; the others are added to ``skipped``. ValueError if none has."""
-        self.fixed: list[AbstractStructure] = []
-        self.forms: list[Forms] = []
         tasks: list[Task] = []
         errors: list[Exception] = []
         for task in given:
             try:
                 if self.by_layer:
-                    self.forms.append(Forms.of(str(self.structure), task.shape, self.options))
+                    task.forms = Forms.of(str(self.structure), task.shape, self.options)
                 else:
                     made = self.structure
                     if not isinstance(made, str | AbstractStructure):
                         made = made(task.names[0], task.linear)
-                    self.fixed.append(structure_of(made, task.shape, self.options))
+                    task.fixed = structure_of(made, task.shape, self.options)
                 tasks.append(task)
             except (TypeError, ValueError) as error:
                 if isinstance(error, TypeError) or isinstance(self.structure, AbstractStructure):
@@ -267,8 +254,7 @@ class Choice:
                 skipped.append((task.names[0], str(errors[-1])))
         if not tasks:
             raise errors[0]
-        if self.fixed and not any(map(saves, self.fixed)):
-            first = self.fixed[0]
+        if (first := tasks[0].fixed) is not None and not any(saves(t.fixed) for t in tasks if t.fixed is not None):
             raise ValueError(
                 f"the structure saves nothing in any layer: {tasks[0].names[0]!r} takes {tasks[0].dense_macs:,} MACs, "
                 f"structured {first.macs:,}; choose a smaller rank"
@@ -276,76 +262,80 @@ class Choice:
         if self.fraction is not None:
             self.budget = int(self.fraction * sum(self._cost(task, None) for task in tasks))
         if self.budget is not None:
-            least = [self._cost(task, forms.design(0) if len(forms) else None)
-                     for task, forms in zip(tasks, self.forms, strict=True)]  # fmt: skip
-            if sum(least) > self.budget:
-                raise ValueError(f"the cheapest forms of the chosen layers need {sum(least):,} {self.unit}, "
+            least = sum(self._cost(task, task.forms.design(0) if task.forms else None) for task in tasks)
+            if least > self.budget:
+                raise ValueError(f"the cheapest forms of the chosen layers need {least:,} {self.unit}, "
                                  f"more than the budget of {self.budget:,}")  # fmt: skip
         return tasks
 
     def _cost(self, task: Task, structure: AbstractStructure | None) -> int:
         """Return the cost of a form of a layer (None: dense): MACs for each name of the module, or parameters once."""
         if self.unit == "parameters":
-            return (task.experts or 1) * (math.prod(task.shape) if structure is None else structure.num_params)
+            return (task.experts or 1) * (task.dense_macs if structure is None else structure.num_params)
         return (task.dense_macs if structure is None else structure.macs) * len(task.names)
 
     def run(
         self, tasks: Sequence[Task], damping: float, settings: Settings, layer_options: Mapping[str, Any]
-    ) -> list[Made]:
-        """Return the new layer of each task (None if it stays dense), and its line of the report."""
-        picked = self._shared_out(tasks, damping) if self.budget is not None else [None] * len(tasks)
-        made: list[Made] = []
-        for place, task in enumerate(tasks):
+    ) -> list[LayerProjection]:
+        """Make the new layer of each task, and return the lines of the report."""
+        if self.budget is not None:
+            self._share_out(tasks, damping)
+        lines: list[LayerProjection] = []
+        for task in tasks:
             try:
-                made.append(self._project(place, task, picked[place], damping, settings, layer_options))
+                found = self._form(task, damping, settings)
+                if isinstance(found, str):
+                    lines.append(_line(task, {}, found))
+                else:
+                    structure, choice, solutions = found
+                    kind: dict[str, Any] = {"structure": structure}
+                    if isinstance(self.structure, str):
+                        fixed = self.options if task.forms is None else task.forms.options
+                        kind = {"structure": self.structure, **fixed, **choice}
+                    task.new = layer_of(task.linear, structure, solutions, {**kind, **layer_options})
+                    lines.append(_line(task, choice))
             except (TypeError, ValueError) as error:
                 raise task.named(error) from error
             task._problems = task.moments = None  # arrays that are at least as large as the weight
-        return made
+        return lines
 
-    def _shared_out(self, tasks: Sequence[Task], damping: float) -> list[int]:
-        """Return the index of the form of each layer within the budget; the index after the last stands for dense."""
+    def _share_out(self, tasks: Sequence[Task], damping: float) -> None:
+        """Set the number of the form of each layer within the budget."""
         assert self.budget is not None
         numbers, curves = [], []
-        for task, forms in zip(tasks, self.forms, strict=True):
+        for task in tasks:
+            forms = task.forms
+            assert forms is not None
             points = forms.curve(task.problems(damping)) if len(forms) else []
             numbers.append([number for number, _ in points] + [len(forms)])
             costs = [(self._cost(task, forms.design(number)), error**2) for number, error in points]
             curves.append([*costs, (self._cost(task, None), 0.0)])
-        found = allocate(curves, self.budget)
-        return [own[at] for own, at in zip(numbers, found, strict=True)]
+        for task, own, at in zip(tasks, numbers, allocate(curves, self.budget), strict=True):
+            task.number = own[at]
 
-    def _project(
-        self, place: int, task: Task, number: int | None, damping: float, settings: Settings,
-        layer_options: Mapping[str, Any],
-    ) -> Made:  # fmt: skip
-        choice: dict[str, Any] = {}
-        if not self.by_layer:
-            structure = self.fixed[place]
-            if not saves(structure):
-                return None, _line(task, None, {}, f"with {structure.macs:,} MACs it would save nothing")
-            solutions = [solve(structure, problem, settings) for problem in task.problems(damping)]
+    def _form(
+        self, task: Task, damping: float, settings: Settings
+    ) -> tuple[AbstractStructure, dict[str, Any], list[Solution]] | str:
+        """Return the structure of a layer, its chosen options, and its solutions; or the reason why it stays dense."""
+        forms = task.forms
+        if forms is None:
+            assert task.fixed is not None
+            if not saves(task.fixed):
+                return f"with {task.fixed.macs:,} MACs it would save nothing"
+            structure, choice = task.fixed, {}
+        elif not len(forms):
+            return "no form of the structure is cheaper"
+        elif task.number is None:
+            found = forms.smallest_for(self.target_error, task.problems(damping), settings)
+            if found is None:
+                return f"no cheaper form has an error of {self.target_error:g}"
+            number, solutions = found
+            return forms.design(number), forms.choice(number), solutions
+        elif task.number == len(forms):
+            return "the allocation of the budget keeps it dense"
         else:
-            forms = self.forms[place]
-            if not len(forms):
-                return None, _line(task, None, {}, "no form of the structure is cheaper")
-            if number is None:
-                assert self.target_error is not None
-                found = forms.smallest_for(self.target_error, task.problems(damping), settings)
-                if found is None:
-                    return None, _line(task, None, {}, f"no cheaper form has an error of {self.target_error:g}")
-                number, solutions = found
-            elif number == len(forms):
-                return None, _line(task, None, {}, "the allocation of the budget keeps it dense")
-            else:
-                solutions = [solve(forms.design(number), problem, settings) for problem in task.problems(damping)]
-            structure, choice = forms.design(number), forms.choice(number)
-        kind: dict[str, Any] = {"structure": structure}
-        if isinstance(self.structure, str):
-            fixed = self.forms[place].options if self.by_layer else self.options
-            kind = {"structure": self.structure, **fixed, **choice}
-        new = layer_of(task.linear, structure, solutions, {**kind, **layer_options})
-        return new, _line(task, new, choice)
+            structure, choice = forms.design(task.number), forms.choice(task.number)
+        return structure, choice, [solve(structure, problem, settings) for problem in task.problems(damping)]
 
 
 def layer_of(
@@ -354,25 +344,16 @@ def layer_of(
     """Return a layer with the factors of a solution for each matrix, and all other properties of ``linear``."""
     weight, bias = linear.get_parameter("weight"), linear._parameters.get("bias")
     # On the meta device, so that the global generator does not advance.
-    new = structured_kind(linear)(
-        *sizes_of(linear), bias=bias is not None, device="meta", dtype=weight.dtype, **options
-    )
-    new = new.to_empty(device=weight.device)
+    new = structured_like(linear, "meta", options).to_empty(device=weight.device)
     assert new.structure == structure
+    factors: Iterator[nn.Parameter] = iter(new.factors)
+    gains: Iterator[nn.Parameter] = iter(new.gains or ())
     with torch.no_grad():
-        factors: Iterator[nn.Parameter] = iter(new.factors)
-        gains: Iterator[nn.Parameter] = iter(new.gains or ())
-        for number, (spec, *arrays) in enumerate(
-            zip(structure.factors, *(solution.factors for solution in solutions), strict=True)
-        ):
-            values = torch.from_numpy(np.stack(arrays))  # (matrices, *shape)
-            if not spec.trainable:
-                index = new.get_buffer(f"index{number}")
-                index.copy_(values.view(index.shape))
-                continue
-            factor = next(factors)
-            factor.copy_(values.view(factor.shape))
-            if new.rms_cap:
+        for number, spec in enumerate(structure.factors):
+            values = torch.from_numpy(np.stack([solution.factors[number] for solution in solutions]))
+            target = next(factors) if spec.trainable else new.get_buffer(f"index{number}")
+            target.copy_(values.view(target.shape))
+            if new.rms_cap and spec.trainable:
                 rms = values.abs().square().flatten(1).mean(1).sqrt()
                 excess = (rms / new.cap_sigma[number]).clamp(min=1)
                 if new.gains is not None:
@@ -383,13 +364,11 @@ def layer_of(
                         f"the RMS of factor {number} is {most:.3g} times its cap; use gain=True, which makes up for it"
                     )
         if bias is not None:
-            assert new.bias is not None
-            new.bias.copy_(bias).requires_grad_(bias.requires_grad)
+            new.get_parameter("bias").copy_(bias)
     for parameter in (*new.factors, *(new.gains or ())):
         if not torch.isfinite(parameter).all():
             raise ValueError(f"a factor of the projection overflows {parameter.dtype}")
-        parameter.requires_grad_(weight.requires_grad)
-    return new.train(linear.training)
+    return as_before(linear, new)
 
 
 def dense_of(layer: StructuredLinear) -> np.ndarray:
@@ -400,15 +379,14 @@ def dense_of(layer: StructuredLinear) -> np.ndarray:
     factors = [on_host(f) for f in layer.effective_factors()]
     dtype = np.result_type(*(f.dtype for f in factors if f.dtype.kind in "fc"), np.float64)
     build = structlin.StructuredOperator._build
-    if num_experts(layer) is None:
+    if (experts := num_experts(layer)) is None:
         return build(layer.structure, tuple(factors), dtype).to_dense()
-    parts = (tuple(f[e] for f in factors) for e in range(num_experts(layer) or 0))
-    return np.stack([build(layer.structure, part, dtype).to_dense() for part in parts])
+    return np.stack([build(layer.structure, tuple(f[e] for f in factors), dtype).to_dense() for e in range(experts)])
 
 
-def _line(task: Task, new: StructuredLinear | None, choice: dict[str, Any], reason: str = "") -> LayerProjection:
+def _line(task: Task, choice: dict[str, Any], reason: str = "") -> LayerProjection:
     """Return the line of the report on a layer, which without a new one stays dense."""
-    before = sum(p.numel() for p in task.linear.parameters())
+    before, new = num_params(task.linear), task.new
     if new is None:
         output = None if task.moments is None else 0.0
         costs = before, before, task.dense_macs, task.dense_macs
@@ -426,5 +404,5 @@ def _line(task: Task, new: StructuredLinear | None, choice: dict[str, Any], reas
     weight = ratio(*(float(np.linalg.norm(x)) ** 2 for x in (differences, matrices)))
     return LayerProjection(
         task.names, task.shape, new.structure, choice, weight, output, before,
-        sum(p.numel() for p in new.parameters()), task.dense_macs, new.structure.macs, experts=task.experts,
+        num_params(new), task.dense_macs, new.structure.macs, experts=task.experts,
     )  # fmt: skip

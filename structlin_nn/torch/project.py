@@ -13,22 +13,13 @@ from torch import nn
 
 from structlin.projection import Settings
 from structlin.structure import AbstractStructure
-from structlin_nn._patterns import Patterns, as_patterns
-from structlin_nn._replacement import names_of, select
-from structlin_nn.torch._modules import (
-    changed,
-    check_model,
-    dense_kind,
-    linear_sizes,
-    places_of,
-    put,
-    put_structured,
-)
+from structlin_nn._patterns import Patterns
+from structlin_nn._replacement import names_of
+from structlin_nn.torch._modules import changed, check_model, dense_kind, places_of, put
 from structlin_nn.torch._project_calibration import Forward, gather
 from structlin_nn.torch._project_layers import Choice, LayerProjection, ProjectionReport, StructureOf, Task, dense_of
-from structlin_nn.torch._step_check import replaced
 from structlin_nn.torch.linear import StructuredLinear
-from structlin_nn.torch.replace import Selection, _check_is_called, _owners, as_structure
+from structlin_nn.torch.replace import Selection, _check_is_called, _owners, as_structure, install, others_of, selected
 from structlin_nn.torch.unpack import pack_linear, unpacked
 
 __all__ = ["LayerProjection", "ProjectionReport", "project_linear", "to_dense_linear"]
@@ -76,11 +67,10 @@ def project_linear(
     **Choice of the forms.** Without ``target_error`` and budget, ``options`` determine the form, with the defaults of
     the structure. Otherwise each layer gets its own rank. For a structure without ranks it gets its own number of
     blocks, a power of 2, which for Monarch divides the inner size. A budget is allocated so that the sum of the squared
-    relative errors over the layers is small (errors of the outputs, with calibration). The allocation follows the
-    convex hulls of the curves of error against cost and takes the steepest descent first; it is optimal except for the
-    last step. The dense layer is the last point of each curve. One decomposition for each layer gives the curves of low
-    rank, and without calibration those of Tensor-Train and Block Tensor-Train with two cores. For other structures a
-    few sweeps compute each point, at ranks that grow by factors of 1.5.
+    relative errors over the layers is small (errors of the outputs, with calibration); the allocation is optimal except
+    for its last step. One decomposition for each layer gives the errors of low rank, and without calibration those of
+    Tensor-Train and Block Tensor-Train with two cores. For other structures a few sweeps compute each error, at ranks
+    that grow by factors of 1.5.
 
     Parameters
     ----------
@@ -103,10 +93,9 @@ def project_linear(
     target_error
         Give each layer the cheapest form whose relative error is at most this value (with calibration, weighted by the
         damped second moments).
-    max_macs
-        Budget of MACs of all selected layers, for one vector at each place of a layer.
-    mac_fraction
-        Budget as a fraction, in (0, 1], of the MACs of the selected layers before projection.
+    max_macs, mac_fraction
+        Budget of MACs of all selected layers, for one vector at each place of a layer; or the budget as a fraction, in
+        (0, 1], of the MACs before projection.
     max_params, param_fraction
         Budget of the parameters of all selected layers, without biases and gains. Those of a module that is used at
         several places count once.
@@ -156,8 +145,8 @@ def project_linear(
     check_model(model, "project_linear")
     structure = as_structure(structure)
     choice = Choice(
-        structure, options, target_error,
-        max_macs=max_macs, mac_fraction=mac_fraction, max_params=max_params, param_fraction=param_fraction,
+        structure, options, target_error=target_error, max_macs=max_macs, mac_fraction=mac_fraction,
+        max_params=max_params, param_fraction=param_fraction,
     )  # fmt: skip
     settings = Settings(restarts, max_sweeps, tolerance, seed)
     if not 0 <= damping < math.inf:
@@ -177,24 +166,19 @@ def project_linear(
             moments = gather(model, {task.linear: task.names[0] for task in tasks}, calibration, forward, notes)
             for task in tasks:
                 task.moments = moments[task.linear].numpy()
-        made = choice.run(tasks, damping, settings, {"rms_cap": rms_cap, "gain": gain, "rule": rule})
-
-        gone = [task.linear for task, (new, _) in zip(tasks, made, strict=True) if new is not None]
-        replaced(parameter for linear in gone for parameter in linear.parameters())
-        for task, (new, _) in zip(tasks, made, strict=True):
-            if new is not None:
-                notes |= put_structured(model, task.names, new)
+        lines = choice.run(tasks, damping, settings, {"rms_cap": rms_cap, "gain": gain, "rule": rule})
+        notes |= install(model, {task.linear: task.new for task in tasks if task.new is not None}, chosen)
         restore()
         changed(model)
         if isinstance(structure, str) and not choice.by_layer and not options:
-            errors = [line.weight_error if line.output_error is None else line.output_error for _, line in made]
+            errors = [line.weight_error if line.output_error is None else line.output_error for line in lines]
             warnings.warn(
                 f"with the default options of {structure} the layers have relative errors of up to "
                 f"{max(errors):.2f}; give an option such as rank, target_error, or a budget such as mac_fraction=0.5",
                 stacklevel=2,
             )
         budget = {"max_macs" if choice.unit == "MACs" else "max_params": choice.budget}
-        return ProjectionReport(tuple(line for _, line in made), tuple(skipped), tuple(notes), **budget)
+        return ProjectionReport(tuple(lines), tuple(skipped), tuple(notes), **budget)
 
 
 def to_dense_linear(model: nn.Module) -> tuple[str, ...]:
@@ -275,21 +259,18 @@ def _chosen(
     model: nn.Module, layers: Selection, exclude: Patterns, tied: bool
 ) -> tuple[Mapping[nn.Module, tuple[str, ...]], list[tuple[str, str]]]:
     """Return the layers to project with their names, and the other selected layers with the reason."""
-    if linear_sizes(model) is not None:
-        raise ValueError("the model itself is a linear layer and cannot be replaced in place; put it in a container")
-    places = places_of(model, linear_sizes)
+    places, selection = selected(model, layers, exclude)
     owners = _owners(model)
-    chosen, skipped, errors, kinds = {}, [], [], "nn.Linear, or Conv1D of transformers"
-    for linear, names in select(places, layers, as_patterns(exclude), kinds).items():
-        others = [o for p in linear.parameters() for o in owners[p] if o.rpartition(".")[0] not in names]
-        if others and not tied:
-            skipped.append((names[0], f"tied to {', '.join(others)}"))
-            continue
+    chosen, skipped, errors = {}, [], []
+    for linear, names in selection.items():
         try:
             _check_is_called(model, names, linear)
         except ValueError as error:
             errors.append(error)
             skipped.append((names[0], str(error)))
+            continue
+        if (others := others_of(linear, names, owners)) and not tied:
+            skipped.append((names[0], f"tied to {', '.join(others)}"))
             continue
         chosen[linear] = names
     if not chosen and errors:

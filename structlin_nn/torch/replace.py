@@ -77,8 +77,8 @@ def replace_linear(
     replacement.
 
     A pattern is a glob for the full name of the layer, in which ``*`` also matches dots, or a compiled regular
-    expression for the whole name. A module that is used at several places has several names. It is selected (excluded)
-    if one of them is, and is replaced by one layer at all places.
+    expression for the whole name. A module that is used at several places is selected (excluded) by any of its names,
+    and is replaced by one layer at all places.
 
     Parameters
     ----------
@@ -165,61 +165,58 @@ def replace_linear(
         shared_weights=(shared_weights, ("error", "skip")), impossible=(impossible, ("skip", "error")),
         dearer=(dearer, ("warn", "error", "skip", "allow")),
     )  # fmt: skip
-    if linear_sizes(model) is not None:
-        raise ValueError("the model itself is a linear layer and cannot be replaced in place; put it in a container")
+    common = {"rms_cap": rms_cap, "gain": gain, "rule": rule, "checkpoint": checkpoint}
     with unpacked(model, unpack) as restore:
-        places = places_of(model, lambda module: linear_sizes(module) or (convolutions and pointwise_sizes(module)))
-        chosen = select(places, layers, as_patterns(exclude), "nn.Linear, or Conv1D of transformers")
+        places, chosen = selected(
+            model, layers, exclude, lambda module: linear_sizes(module) or (convolutions and pointwise_sizes(module))
+        )
         zeroed = matching(chosen, as_patterns(zero_init), "zero_init")
-
         by_pattern = _overrides(overrides or {}, chosen, structure)
-        expensive: list[tuple[str, str]] = []
-
         owners = _owners(model)
+        expensive: list[tuple[str, str]] = []
         skipped: list[tuple[str, str]] = []
-        made: dict[nn.Module, StructuredLinear] = {}
         errors: list[ValueError] = []
-        common = {"rms_cap": rms_cap, "gain": gain, "rule": rule, "checkpoint": checkpoint}
+        made: dict[nn.Module, StructuredLinear] = {}
+
+        def cannot(name: str, error: ValueError, final: bool) -> None:
+            if impossible == "error" or final:
+                raise error
+            errors.append(error)
+            skipped.append((name, str(error)))
+
         for linear, names in chosen.items():
+            name, sizes = names[0], sizes_of(linear)
             try:
                 _check_is_called(model, names, linear)
             except ValueError as error:
-                if impossible == "error":
-                    raise
-                errors.append(error)
-                skipped.append((names[0], str(error)))
+                cannot(name, error, False)
                 continue
-            others = [o for p in linear.parameters() for o in owners[p] if o.rpartition(".")[0] not in names]
-            if not others:
-                if min(sizes_of(linear)) < min_features:
-                    skipped.append((names[0], f"it has fewer than {min_features} features: {_shown(linear)}"))
+            if others := others_of(linear, names, owners):
+                if shared_weights == "error":
+                    raise untied(name, others)
+                skipped.append((name, f"shares {', '.join(others)}"))
+                continue
+            if min(sizes) < min_features:
+                skipped.append((name, f"it has fewer than {min_features} features: {sizes[0]} -> {sizes[1]}"))
+                continue
+            own = dict(by_pattern.get(linear, {}))
+            kind, rest = (own.pop("structure"), {}) if "structure" in own else (structure, options)
+            try:
+                found = as_structure(kind)
+                found = found(name, linear) if callable(found) else found
+                given = {"structure": found, **common, "zero_init": linear in zeroed, **rest, **own}
+                new = _structured(name, linear, given)
+            except ValueError as error:
+                cannot(name, error, isinstance(kind, AbstractStructure))  # which is meant for these layers
+                continue
+            if dearer != "allow" and (costs := _dearer(new)):
+                if dearer == "error":
+                    raise ValueError(f"layer {name!r} ({sizes[0]} -> {sizes[1]}) would cost more than dense: {costs}")
+                if dearer == "skip":
+                    skipped.append((name, f"a structured layer would cost more: {costs}"))
                     continue
-                own = by_pattern.get(linear, {})
-                kind, rest = (own["structure"], {}) if "structure" in own else (structure, options)
-                rest = {**rest, **{key: value for key, value in own.items() if key != "structure"}}
-                try:
-                    found = as_structure(kind)
-                    found = found(names[0], linear) if callable(found) else found
-                    new = _structured(names[0], linear, found, {**common, "zero_init": linear in zeroed, **rest})
-                except ValueError as error:
-                    if impossible == "error" or isinstance(kind, AbstractStructure):  # meant for these layers
-                        raise
-                    errors.append(error)
-                    skipped.append((names[0], str(error)))
-                    continue
-                if costs := _dearer(new):
-                    if dearer == "error":
-                        raise ValueError(f"layer {names[0]!r} ({_shown(linear)}) would cost more than dense: {costs}")
-                    if dearer == "skip":
-                        skipped.append((names[0], f"a structured layer would cost more: {costs}"))
-                        continue
-                    if dearer == "warn":
-                        expensive.append((names[0], costs))
-                made[linear] = new
-            elif shared_weights == "skip":
-                skipped.append((names[0], f"shares {', '.join(others)}"))
-            else:
-                raise untied(names[0], others)
+                expensive.append((name, costs))
+            made[linear] = new
         if not made and errors:
             raise errors[0]
         if not made:
@@ -229,15 +226,11 @@ def replace_linear(
             name, costs = expensive[0]
             warnings.warn(
                 f"{len(expensive)} of {len(made)} structured layers cost more than dense, the first of them {name}: "
-                f"{costs}; "
-                "choose a smaller form, or dearer='skip' to leave them dense",
+                f"{costs}; choose a smaller form, or dearer='skip' to leave them dense",
                 stacklevel=2,
             )
 
-        notes: dict[str, None] = {}
-        replaced(p for linear in made for p in linear.parameters())
-        for linear, new in made.items():
-            notes |= put_structured(model, chosen[linear], new)
+        notes = install(model, made, chosen)
         restore()
         changed(model)
         if fuse:
@@ -247,17 +240,33 @@ def replace_linear(
                 notes["no MLP of a known form was found to fuse"] = None
         rows = tuple(
             Replacement(
-                tuple(chosen[linear]),
-                new.structure,
-                sum(p.numel() for p in linear.parameters()),
-                sum(p.numel() for p in new.parameters()),
-                math.prod(sizes_of(linear)),
-                new.structure.macs,
-                num_experts(linear),
+                chosen[linear], new.structure, num_params(linear), num_params(new), math.prod(sizes_of(linear)),
+                new.structure.macs, num_experts(linear),
             )
             for linear, new in made.items()
-        )
+        )  # fmt: skip
         return ReplacementReport(rows, tuple(skipped), tuple(notes), tuple(_dense(model, {n for n, _ in skipped})))
+
+
+def selected(
+    model: nn.Module, layers: Selection, exclude: Patterns, wanted: Callable[[nn.Module], Any] = linear_sizes
+) -> tuple[dict[Any, list[str]], dict[Any, tuple[str, ...]]]:
+    """Return the names of the linear layers of a model, and those of the chosen ones."""
+    if linear_sizes(model) is not None:
+        raise ValueError("the model itself is a linear layer and cannot be replaced in place; put it in a container")
+    places = places_of(model, wanted)
+    return places, select(places, layers, as_patterns(exclude), "nn.Linear, or Conv1D of transformers")
+
+
+def install(
+    model: nn.Module, made: Mapping[nn.Module, StructuredLinear], places: Mapping[nn.Module, Sequence[str]]
+) -> dict[str, None]:
+    """Set new layers in the places of old ones, and return notes on the other changes of the model."""
+    notes: dict[str, None] = {}
+    replaced(p for linear in made for p in linear.parameters())
+    for linear, new in made.items():
+        notes |= put_structured(model, places[linear], new)
+    return notes
 
 
 def as_structure(given: Any) -> Any:
@@ -307,11 +316,6 @@ def _dense(model: nn.Module, skipped: Collection[str]) -> Iterator[tuple[str, tu
                 yield f"{name}.{key}" if name else key, tuple(parameter.shape), role_of(module, key, parameter)
 
 
-def _shown(linear: nn.Module) -> str:
-    d_in, d_out = sizes_of(linear)
-    return f"{d_in} -> {d_out}"
-
-
 def _owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     """Return the full names of each parameter, one for each module that contains it."""
     owners: dict[nn.Parameter, list[str]] = {}
@@ -321,16 +325,29 @@ def _owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     return owners
 
 
-def _structured(name: str, linear: nn.Module, structure: Any, options: Mapping[str, Any]) -> StructuredLinear:
-    sizes = sizes_of(linear)
-    parameters = dict(linear.named_parameters(recurse=False))
-    weight, bias = parameters["weight"], parameters.get("bias")
+def others_of(linear: nn.Module, names: Sequence[str], owners: Mapping[nn.Parameter, Sequence[str]]) -> list[str]:
+    """Return the names under which other modules contain the parameters of a layer."""
+    return [other for p in linear.parameters() for other in owners[p] if other.rpartition(".")[0] not in names]
+
+
+def num_params(layer: nn.Module) -> int:
+    """Return the number of parameters of a layer, trainable or not."""
+    return sum(p.numel() for p in layer.parameters())
+
+
+def structured_like(linear: nn.Module, device: Any, options: Mapping[str, Any]) -> StructuredLinear:
+    """Return a structured layer with the sizes and the dtype of a linear layer, and a bias if it has one."""
+    bias = linear._parameters.get("bias") is not None
+    dtype = linear.get_parameter("weight").dtype
+    return structured_kind(linear)(*sizes_of(linear), bias=bias, device=device, dtype=dtype, **options)
+
+
+def _structured(name: str, linear: nn.Module, options: Mapping[str, Any]) -> StructuredLinear:
     try:
-        new = structured_kind(linear)(
-            *sizes, bias=bias is not None, device=weight.device, dtype=weight.dtype, structure=structure, **options
-        )
+        new = structured_like(linear, linear.get_parameter("weight").device, options)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"layer {name!r} ({sizes[0]} -> {sizes[1]}): {error}") from error
+        d_in, d_out = sizes_of(linear)
+        raise type(error)(f"layer {name!r} ({d_in} -> {d_out}): {error}") from error
     return as_before(linear, new)
 
 

@@ -35,16 +35,16 @@ class _Unpacked(nn.Module):
         object.__setattr__(self, "_shell", copy.deepcopy(packed, empty))  # no submodule
         self.train(packed.training)
 
-    def packed(self) -> nn.Module:
-        """Return the module with packed parameters that has the values of these layers."""
+    def _values(self) -> dict[str, Tensor]:
+        """Return the values of the packed parameters, by name."""
         raise NotImplementedError
 
-    def _filled(self, values: dict[str, Tensor]) -> nn.Module:
+    def packed(self) -> nn.Module:
+        """Return the module with packed parameters that has the values of these layers."""
         shell: Any = copy.deepcopy(self._shell)
-        for name, value in values.items():
+        for name, value in self._values().items():
             owner, _, key = name.rpartition(".")
-            old = shell.get_parameter(name)
-            setattr(shell.get_submodule(owner), key, _copied(value, old.requires_grad))
+            setattr(shell.get_submodule(owner), key, _copied(value, shell.get_parameter(name).requires_grad))
         return shell.train(self.training)
 
 
@@ -84,15 +84,14 @@ class ExpertLayers(_Unpacked):
             weight, bias = packed.get_parameter(name), packed._parameters.get(f"{name}_bias")
             self.add_module(name, _layer(form.number, weight.mT if form.transposed else weight, bias, weight))
 
-    def packed(self) -> nn.Module:
-        """Return the module with packed parameters that has the values of these layers."""
+    def _values(self) -> dict[str, Tensor]:
         values = {}
         for name, form in self._forms.items():
             layer: Any = self.get_submodule(name)
             values[name] = layer.weight.mT if form.transposed else layer.weight
             if layer.bias is not None:
                 values[f"{name}_bias"] = layer.bias
-        return self._filled(values)
+        return values
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         _exclude_from_graphs()
@@ -129,6 +128,9 @@ def _exclude_from_graphs() -> None:
     ExpertLayers.forward = torch.compiler.disable(ExpertLayers.forward)  # type: ignore[method-assign]
 
 
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
 class Attention(_Unpacked):
     """nn.MultiheadAttention with linear layers ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``.
 
@@ -141,26 +143,24 @@ class Attention(_Unpacked):
         self.dropout, self.batch_first = packed.dropout, packed.batch_first
         self.in_proj_bias = None  # disables the fused path of torch's Transformer
         self._qkv_same_embed_dim = packed._qkv_same_embed_dim
-        bias = [None] * 3 if packed.in_proj_bias is None else list(packed.in_proj_bias.chunk(3))
-        for number, name in enumerate(("q_proj", "k_proj", "v_proj")):
+        biases = [None] * 3 if packed.in_proj_bias is None else packed.in_proj_bias.chunk(3)
+        for number, (name, bias) in enumerate(zip(_PROJECTIONS, biases, strict=True)):
             held = packed.in_proj_weight if self._qkv_same_embed_dim else packed.get_parameter(f"{name}_weight")
             weight = held.chunk(3)[number] if self._qkv_same_embed_dim else held
-            self.add_module(name, _layer(None, weight, bias[number], held))
+            self.add_module(name, _layer(None, weight, bias, held))
         self.out_proj: Any = _layer(None, packed.out_proj.weight, packed.out_proj.bias, packed.out_proj.weight)
 
-    def packed(self) -> nn.Module:
-        """Return the nn.MultiheadAttention that has the values of these layers."""
-        layers = [self.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj")]
-        weights: list[Tensor] = [layer.get_parameter("weight") for layer in layers]
+    def _values(self) -> dict[str, Tensor]:
+        layers: dict[str, Any] = {name: self.get_submodule(name) for name in _PROJECTIONS}
         values: dict[str, Tensor] = {"out_proj.weight": self.out_proj.weight}
         if self._qkv_same_embed_dim:
-            values["in_proj_weight"] = torch.cat(weights)
+            values["in_proj_weight"] = torch.cat([layer.weight for layer in layers.values()])
         else:
-            values |= {f"{name}_proj_weight": weight for name, weight in zip("qkv", weights, strict=True)}
+            values |= {f"{name}_weight": layer.weight for name, layer in layers.items()}
         if self.out_proj.bias is not None:
             values["out_proj.bias"] = self.out_proj.bias
-            values["in_proj_bias"] = torch.cat([layer.get_parameter("bias") for layer in layers])
-        return self._filled(values)
+            values["in_proj_bias"] = torch.cat([layer.bias for layer in layers.values()])
+        return values
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
@@ -175,7 +175,7 @@ class Attention(_Unpacked):
                  for part in (query, key, value)]  # fmt: skip
         q, k, v = (
             self.get_submodule(name)(part).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-            for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True)
+            for name, part in zip(_PROJECTIONS, parts, strict=True)
         )
         mask = _additive(attn_mask, q.dtype)
         if mask is not None and mask.ndim == 3:
@@ -188,8 +188,7 @@ class Attention(_Unpacked):
         weights = None
         if need_weights:
             scores = q @ k.mT / self.head_dim**0.5
-            weights = F.softmax(scores if mask is None else scores + mask, dim=-1)
-            weights = F.dropout(weights, dropout)
+            weights = F.dropout(F.softmax(scores if mask is None else scores + mask, dim=-1), dropout)
             y = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
         else:
@@ -268,16 +267,15 @@ def unpacked(model: nn.Module, wanted: bool) -> Iterator[Callable[[], None]]:
     """
     done = unpack_linear(model) if wanted else {}
 
-    def restore() -> None:
+    def restore(everything: bool = False) -> None:
         for name, old in done.items():
-            if not _is_replaced(model.get_submodule(name)):
+            if everything or not _is_replaced(model.get_submodule(name)):
                 put(model, [name], old)
 
     try:
         yield restore
     except BaseException:
-        for name, old in done.items():
-            put(model, [name], old)
+        restore(everything=True)
         raise
 
 

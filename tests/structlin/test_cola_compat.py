@@ -12,7 +12,6 @@ import io
 import json
 import os
 import pickle
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -42,9 +41,9 @@ from cola.ops import (
     Sum,
     Transpose,
 )
+from helpers.arrays import BACKENDS, MAKE, draw, on_host, positive, same
+from helpers.children import output
 
-BACKENDS = ("numpy", "torch", "jax")
-MAKE = {"numpy": np.array, "torch": torch.tensor, "jax": jnp.array}
 DEFECTS = {}
 
 
@@ -56,29 +55,6 @@ def defect(repair):
         return function
 
     return register
-
-
-def draw(*shape, seed=0, dtype="float64"):
-    rng = np.random.default_rng([seed, *shape])
-    x = rng.standard_normal(shape)
-    if dtype.startswith("complex"):
-        x = x + 1j * rng.standard_normal(shape)
-    return x.astype(dtype)
-
-
-def positive(n, seed=0, dtype="float64"):
-    x = draw(n, n, seed=seed, dtype=dtype)
-    return x @ x.conj().T + np.eye(n)
-
-
-def on_host(x):
-    return x.detach().resolve_conj().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
-
-
-def same(x, want):
-    got = on_host(x)
-    assert got.shape == np.shape(want), f"{got.shape} != {np.shape(want)}"
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-10 * max(1.0, float(np.abs(want).max(initial=0))))
 
 
 def raises(kind, function):
@@ -95,37 +71,36 @@ def pair(backend, n=3):
     return a, b, Dense(make(a)), Dense(make(b))
 
 
+def pairs(*backends):
+    return [(MAKE[backend], *pair(backend)) for backend in backends or ("torch", "jax")]
+
+
 # -- composing: any ----------------------------------------------------------------------------------------------------
 
 
 @defect("any")
 def plus():
-    for backend in ("torch", "jax"):
-        a, b, A, B = pair(backend)
-        same((A + B).to_dense(), a + b)
-        same((A + MAKE[backend](b)).to_dense(), a + b)
-        same((MAKE[backend](b) + A).to_dense(), a + b)
+    for make, a, b, A, B in pairs():
+        for C in (A + B, A + make(b), make(b) + A):
+            same(C.to_dense(), a + b)
 
 
 @defect("any")
 def difference():
-    for backend in ("torch", "jax"):
-        a, b, A, B = pair(backend)
+    for _, a, b, A, B in pairs():
         same((A - B).to_dense(), a - b)
         same((A @ A.T + I_like(A)).to_dense(), a @ a.T + np.eye(3))
 
 
 @defect("any")
 def kron():
-    for backend in ("torch", "jax"):
-        a, b, A, B = pair(backend)
+    for _, a, b, A, B in pairs():
         same(cola.kron(A, B).to_dense(), np.kron(a, b))
 
 
 @defect("any")
 def kronsum():
-    for backend in ("torch", "jax"):
-        a, b, A, B = pair(backend)
+    for _, a, b, A, B in pairs():
         same(cola.kronsum(A, B).to_dense(), np.kron(a, np.eye(3)) + np.kron(np.eye(3), b))
 
 
@@ -183,8 +158,7 @@ def leaves_after_numpy():
 
 @defect("scaling")
 def complex_scalar():
-    for backend in ("torch", "jax"):
-        a, _, A, _ = pair(backend)
+    for _, a, _, A, _ in pairs():
         same((1j * A).to_dense(), 1j * a)
         assert "complex128" in str((1j * A).dtype)
 
@@ -199,10 +173,9 @@ def array_scalar():
 
 @defect("scaling")
 def scalar_inverse():
-    for backend in BACKENDS:
-        a, _, A, _ = pair(backend)
-        got = cola.inv(2.0 * A) @ MAKE[backend](draw(3))
-        assert type(got) is type(MAKE[backend](draw(3)))
+    for make, a, _, A, _ in pairs(*BACKENDS):
+        got = cola.inv(2.0 * A) @ make(draw(3))
+        assert type(got) is type(make(draw(3)))
         same(got, np.linalg.solve(2 * a, draw(3)))
         S = 2.0 * I_like(A)
         same((cola.linalg.pinv(getattr(S, "Ms", [S])[0]) @ A).to_dense(), a / 2)
@@ -210,9 +183,8 @@ def scalar_inverse():
 
 @defect("subtract")
 def dense_minus():
-    for backend in ("torch", "jax"):
-        a, b, A, _ = pair(backend)
-        same((MAKE[backend](b) - A).to_dense(), b - a)
+    for make, a, b, A, _ in pairs():
+        same((make(b) - A).to_dense(), b - a)
         same((0 - A).to_dense(), -a)
 
 
@@ -253,16 +225,14 @@ def index_pairs():
 
 @defect("slicing")
 def reversed_rows():
-    for backend in BACKENDS:
-        a, b, A, B = pair(backend)
+    for make, a, b, A, B in pairs(*BACKENDS):
         same((A @ B)[::-1].to_dense(), (a @ b)[::-1])
-        same((A @ B)[:, ::-2] @ MAKE[backend](draw(2)), (a @ b)[:, ::-2] @ draw(2))
+        same((A @ B)[:, ::-2] @ make(draw(2)), (a @ b)[:, ::-2] @ draw(2))
 
 
 @defect("pickling")
 def pickle_and_copy():
-    for backend in BACKENDS:
-        a, b, A, B = pair(backend)
+    for _, a, b, A, B in pairs(*BACKENDS):
         for C, want in ((A @ B, a @ b), (2.0 * A, 2 * a), (A.T, a.T), (A[:2], a[:2]), (BlockDiag(A, B), None)):
             for again in (pickle.loads(pickle.dumps(C)), copy.deepcopy(C), copy.copy(C)):
                 assert type(again) is type(C)
@@ -299,10 +269,8 @@ def concatenated():
     for backend in ("torch", "jax"):
         make = MAKE[backend]
         A, B, C = (Dense(make(x)) for x in (a, b, c))
-        for op, want in [
-            (Concatenated(A, B), np.concatenate([a, b])),
-            (Concatenated(A, C, axis=1), np.concatenate([a, c], 1)),
-        ]:
+        along, across = (Concatenated(A, B), np.concatenate([a, b])), (Concatenated(A, C, axis=1), np.c_[a, c])
+        for op, want in (along, across):
             assert tuple(op.shape) == want.shape
             same(op.to_dense(), want)
             same(op.T.to_dense(), want.T)
@@ -426,12 +394,8 @@ def complex_transpose():
 @defect("gradient")
 def scalar_gradient():
     a, _, A, _ = pair("torch")
-    for factor, scale in [
-        (1, lambda c: c * A),
-        (1, lambda c: A * c),
-        (1, lambda c: A / (1 / c)),
-        (2, lambda c: c * (2 * A)),
-    ]:
+    scales = (1, lambda c: c * A), (1, lambda c: A * c), (1, lambda c: A / (1 / c)), (2, lambda c: c * (2 * A))
+    for factor, scale in scales:
         c = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
         (scale(c) @ torch.ones(3, dtype=torch.float64)).sum().backward()
         same(c.grad, factor * a.sum())
@@ -472,11 +436,10 @@ def complex_kronsum():
 
 @defect("stacks")
 def stacks():
-    for backend in BACKENDS:
-        a, b, A, B = pair(backend)
-        same((A @ B) @ MAKE[backend](draw(4, 2, 3, 5)), a @ b @ draw(4, 2, 3, 5))
-        same(MAKE[backend](draw(4, 2, 5, 3)) @ Kronecker(A, B)[:3, 1:], draw(4, 2, 5, 3) @ np.kron(a, b)[:3, 1:])
-        raises(ValueError, lambda A=A, make=MAKE[backend]: A @ make(draw(3, 4, 2)))
+    for make, a, b, A, B in pairs(*BACKENDS):
+        same((A @ B) @ make(draw(4, 2, 3, 5)), a @ b @ draw(4, 2, 3, 5))
+        same(make(draw(4, 2, 5, 3)) @ Kronecker(A, B)[:3, 1:], draw(4, 2, 5, 3) @ np.kron(a, b)[:3, 1:])
+        raises(ValueError, lambda A=A, make=make: A @ make(draw(3, 4, 2)))
 
 
 @defect("like")
@@ -572,9 +535,7 @@ from structlin import _cola_compat  # noqa: E402
 def left_out():
     if not hasattr(os, "fork"):
         pytest.skip("each repair is left out in a forked process")
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(output(__file__).splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", DEFECTS)

@@ -1,35 +1,19 @@
 """Repairs of CoLA beside others: caches of plum, rules from outside, another plum, several devices of jax."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import cola
 import numpy as np
 import plum
 import torch
-from cola.ops import (
-    Dense,
-    LinearOperator,
-    Permutation,
-)
+from cola.ops import Dense, LinearOperator, Permutation
+from helpers.children import output, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import structlin
 from structlin import _cola_compat
-
-
-def run(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 def test_rules_registered_from_outside_still_win():
@@ -86,8 +70,7 @@ def test_installing_starts_no_array_library_and_several_jax_devices_work():
         assert y.devices() == {second}
     """
     flags = "--xla_force_host_platform_device_count=2"
-    done = run("-c", code, PYTHONPATH=str(Path(structlin.__file__).parents[1]), XLA_FLAGS=flags)
-    assert done.returncode == 0, done.stderr
+    output("-c", code, PYTHONPATH=str(Path(structlin.__file__).parents[1]), XLA_FLAGS=flags)
 
 
 @settings(max_examples=50, deadline=None)

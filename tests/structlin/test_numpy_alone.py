@@ -1,9 +1,7 @@
 """Operators of NumPy arrays need neither torch nor jax, and warn of neither: in processes of their own."""
 
-import subprocess
-import sys
-
 import pytest
+from helpers.children import output
 
 SCRIPT = """
 import copy, pickle, sys, warnings
@@ -75,5 +73,4 @@ if sys.argv[1] == "without":
 
 @pytest.mark.parametrize("installed", ["with", "without"])
 def test_operators_of_numpy_need_no_other_library_and_do_not_warn(installed):
-    done = subprocess.run([sys.executable, "-c", SCRIPT, installed], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    output("-c", SCRIPT, installed)

@@ -12,6 +12,8 @@ import numpy as np
 import optree
 import pytest
 import torch
+from helpers.arrays import BACKENDS, MAKE, TYPES, draw, on_host, same
+from helpers.refusals import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,10 +21,7 @@ import structlin
 from structlin.operators import StructuredOperator
 from structlin.structure import AbstractStructure, Factor, Structure
 
-BACKENDS = ("numpy", "torch", "jax")
 DTYPES = ("float32", "float64", "complex64", "complex128")
-MAKE = {"numpy": np.array, "torch": torch.tensor, "jax": jnp.array}
-TYPES = {"numpy": np.ndarray, "torch": torch.Tensor, "jax": jax.Array}
 TOLERANCE = {"float32": 2e-6, "complex64": 2e-6, "float64": 1e-14, "complex128": 1e-14}
 
 CHAINS = {
@@ -82,16 +81,8 @@ class Orthogonal(StructuredOperator):
         return frozenset({cola.Unitary})
 
 
-def draw(shape, dtype, seed):
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal(shape)
-    if dtype.startswith("complex"):
-        x = x + 1j * rng.standard_normal(shape)
-    return x.astype(dtype)
-
-
 def arrays(structure, dtype="float64", seed=0):
-    return [draw(f.shape, dtype, seed + i) for i, f in enumerate(structure.factors)]
+    return [draw(*f.shape, dtype=dtype, seed=seed + i) for i, f in enumerate(structure.factors)]
 
 
 def operator(structure, backend="torch", dtype="float64", seed=0):
@@ -117,18 +108,11 @@ def dense(structure, dtype="float64", seed=0):
     return full.reshape(-1, inner)[: structure.d_out, : structure.d_in]
 
 
-def numpy(x):
-    return x.detach().resolve_conj().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
-
-
 def close(x, want, dtype="float64", backend=None):
     if backend is not None:
         assert isinstance(x, TYPES[backend])
         assert str(x.dtype).removeprefix("torch.") == dtype
-    got = numpy(x)
-    assert got.shape == want.shape
-    scale = max(1.0, float(np.abs(want).max(initial=0)))
-    np.testing.assert_allclose(got, want, rtol=0, atol=40 * TOLERANCE[dtype] * scale)
+    same(x, want, 40 * TOLERANCE[dtype])
 
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -146,7 +130,7 @@ def test_products_transpose_and_adjoint_equal_the_dense_matrix(backend, chain, d
     d_out, d_in = A.shape
     assert A.shape == structure.shape == M.shape
     assert A.backend == backend
-    X, R = draw((d_in, 3), dtype, 10), draw((2, 3, d_out), dtype, 11)
+    X, R = draw(d_in, 3, dtype=dtype, seed=10), draw(2, 3, d_out, dtype=dtype, seed=11)
     make = MAKE[backend]
     close(A @ make(X), M @ X, dtype, backend)
     close(A @ make(X[:, 0].copy()), M @ X[:, 0], dtype, backend)
@@ -174,17 +158,8 @@ def test_both_products_agree_at_any_size(p, a, f, r, e):
 def test_transposing_twice_gives_the_operator_back(backend):
     A = operator(CHAINS["padded"], backend, "complex128")
     assert A.T.T.structure == A.H.H.structure == A.structure
-    close(A.H.H.to_dense(), numpy(A.to_dense()), "complex128")
+    close(A.H.H.to_dense(), on_host(A.to_dense()), "complex128")
     assert type(Orthogonal(MAKE[backend]([2, 0, 1])).T) is Orthogonal
-
-
-def test_a_numpy_operator_stays_numpy():
-    A = operator(CHAINS["low_rank"], "numpy")
-    assert A.xnp.__name__ == "cola.backends.np_fns"
-    assert A.device is None
-    y = A @ np.ones(7)
-    assert type(y) is np.ndarray
-    assert y.dtype == np.float64
 
 
 @each_backend
@@ -192,7 +167,7 @@ def test_dtypes_are_promoted_as_colas_operators_do(backend):
     structure = CHAINS["low_rank"]
     A, M, make = operator(structure, backend, "float32"), dense(structure, "float32"), MAKE[backend]
     for dtype in ("float64", "complex128"):
-        X = draw((7, 3), dtype, 5)
+        X = draw(7, 3, dtype=dtype, seed=5)
         close(A @ make(X), M @ X, dtype, backend)
         close(make(X.T.copy()) @ A.T, X.T @ M.T, dtype, backend)
     wide = operator(structure, backend, "float64") @ make(np.ones((7, 3), np.float32))
@@ -200,8 +175,11 @@ def test_dtypes_are_promoted_as_colas_operators_do(backend):
     close(operator(structure, backend) @ make(np.arange(7)), dense(structure) @ np.arange(7))
 
 
-def test_a_jax_operator_takes_numpy_arrays():
+def test_operators_and_numpy_arrays():
     structure = CHAINS["low_rank"]
+    A = operator(structure, "numpy")
+    assert (A.xnp.__name__, A.device) == ("cola.backends.np_fns", None)
+    close(A @ np.ones(7), dense(structure) @ np.ones(7), backend="numpy")
     close(operator(structure, "jax") @ np.ones(7), dense(structure) @ np.ones(7), backend="jax")
     close(np.ones(5) @ operator(structure, "jax"), np.ones(5) @ dense(structure), backend="jax")
 
@@ -239,12 +217,9 @@ def test_wrong_shapes_are_refused(backend):
         A + 2
     with pytest.raises(ValueError, match="mismatch"):
         A + make(np.ones((7, 5)))
-    with pytest.raises(ValueError, match="shape"):
-        StructuredOperator(A.structure, A.factors[::-1])
-    with pytest.raises(ValueError, match="has 2 factors, got 1"):
-        StructuredOperator(A.structure, A.factors[:1])
-    with pytest.raises(TypeError, match="AbstractStructure"):
-        StructuredOperator("i,io->o", A.factors)
+    refused(ValueError, "shape", StructuredOperator, A.structure, A.factors[::-1])
+    refused(ValueError, "has 2 factors, got 1", StructuredOperator, A.structure, A.factors[:1])
+    refused(TypeError, "AbstractStructure", StructuredOperator, "i,io->o", A.factors)
 
 
 def test_an_operator_is_immutable():
@@ -266,26 +241,18 @@ def test_to_moves_the_leaves_and_the_dtype_together(backend):
     assert A.to(A.device, dtype=B.dtype).dtype == B.dtype
     assert A.to("cpu").device == A.device
     assert B.to(dtype="complex128").to_dense().dtype == B.to(dtype="complex128").dtype
-    with pytest.raises(ValueError, match="imaginary"):
-        B.to(dtype="complex64").to(dtype="float32")
-    with pytest.raises(ValueError, match="floating or complex, got int32"):
-        A.to(dtype="int32")
-    with pytest.raises(TypeError, match=r"write \.to\(dtype=\.\.\.\)"):
-        A.to(A.dtype)
+    refused(ValueError, "imaginary", B.to(dtype="complex64").to, dtype="float32")
+    refused(ValueError, "floating or complex, got int32", A.to, dtype="int32")
+    refused(TypeError, r"write \.to\(dtype=\.\.\.\)", A.to, A.dtype)
     with pytest.raises((ValueError, RuntimeError)):
         A.to("nowhere")
 
 
-def test_to_refuses_double_precision_that_jax_would_drop():
-    A = operator(CHAINS["dense"], "jax", "float32")
-    with jax.enable_x64(False), pytest.raises(ValueError, match="jax_enable_x64"):
-        A.to(dtype="float64")
-
-
-def test_to_meta_device():
+def test_to_the_meta_device_and_to_double_precision_that_jax_would_drop():
     A = operator(CHAINS["dense"], "torch").to("meta", dtype=torch.bfloat16)
-    assert A.device == torch.device("meta")
-    assert A.dtype == torch.bfloat16
+    assert (A.device, A.dtype) == (torch.device("meta"), torch.bfloat16)
+    with jax.enable_x64(False), pytest.raises(ValueError, match="jax_enable_x64"):
+        operator(CHAINS["dense"], "jax", "float32").to(dtype="float64")
 
 
 @each_backend
@@ -301,7 +268,7 @@ def test_an_index_operator_declares_its_dtype(backend):
     assert str(half.dtype).endswith("complex64")
     assert half.T.dtype == half.dtype
     assert half.factors[0].dtype == P.factors[0].dtype
-    x = draw((4, 2), "float32", 1)
+    x = draw(4, 2, dtype="float32", seed=1)
     close(half @ make(x), M @ x, "float32", backend)
     other = StructuredOperator(Gather(4), P.factors, dtype="float32")
     assert str(other.dtype).endswith("float32")
@@ -336,7 +303,7 @@ def test_copies(backend, clone):
         assert B.structure == A.structure
         assert B.annotations == A.annotations
         assert B.dtype == A.dtype
-        close(B.to_dense(), numpy(A.to_dense()), str(A.dtype).removeprefix("torch."))
+        close(B.to_dense(), on_host(A.to_dense()), str(A.dtype).removeprefix("torch."))
         if clone is copy.deepcopy:
             assert B.factors[0] is not A.factors[0]
 
@@ -392,7 +359,7 @@ def test_pytree_of_torch_and_cola():
 def test_jit_grad_and_vmap_of_jax_with_the_operator_as_argument():
     structure = CHAINS["block_tensor_train"]
     A, M = operator(structure, "jax"), dense(structure)
-    x = draw((6,), "float64", 4)
+    x = draw(6, seed=4)
     traces = []
 
     @jax.jit
@@ -408,7 +375,7 @@ def test_jit_grad_and_vmap_of_jax_with_the_operator_as_argument():
     grad = jax.jit(jax.grad(lambda A: jnp.sum((A @ x) ** 2)))(A)
     assert isinstance(grad, StructuredOperator)
     step = 1e-6
-    loss = lambda fs: np.sum((operator_of(structure, fs) @ x) ** 2)  # noqa: E731
+    loss = lambda fs: np.sum((StructuredOperator(structure, fs) @ x) ** 2)  # noqa: E731
     factors = arrays(structure)
     up, down = copy.deepcopy(factors), copy.deepcopy(factors)
     up[1][1, 2, 1, 0] += step
@@ -420,14 +387,10 @@ def test_jit_grad_and_vmap_of_jax_with_the_operator_as_argument():
     close(batched, np.stack([M @ x, dense(structure, seed=9) @ x]))
 
 
-def operator_of(structure, factors):
-    return StructuredOperator(structure, factors)
-
-
 def test_gradients_and_torch_func_with_the_operator_as_argument():
     structure = CHAINS["block_tensor_train"]
     A, M = operator(structure), dense(structure)
-    x = torch.tensor(draw((6,), "float64", 4))
+    x = torch.tensor(draw(6, seed=4))
     leaves = [f.clone().requires_grad_() for f in A.factors]
     ((StructuredOperator(structure, leaves) @ x) ** 2).sum().backward()
     grad = torch.func.grad(lambda A: ((A @ x) ** 2).sum())(A)
@@ -449,7 +412,7 @@ def test_gradients_and_torch_func_with_the_operator_as_argument():
 def test_both_products_compile_as_one_graph():
     for structure in (CHAINS["block_tensor_train"], CHAINS["padded"]):
         A, M = operator(structure), dense(structure)
-        X, R = torch.tensor(draw((A.shape[1], 3), "float64", 1)), torch.tensor(draw((2, 3, A.shape[0]), "float64", 2))
+        X, R = torch.tensor(draw(A.shape[1], 3, seed=1)), torch.tensor(draw(2, 3, A.shape[0], seed=2))
         right = torch.compile(lambda x, A=A: A._matmat(x), fullgraph=True)
         left = torch.compile(lambda x, A=A: A.__rmatmul__(x), fullgraph=True)
         close(right(X), M @ X.numpy())

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
+from helpers.refusals import refused
 
 from structlin import (
     Structure,
@@ -110,19 +111,14 @@ def test_what_is_refused():
     for sigma in (0, -1.0, math.nan):
         with pytest.raises(ValueError, match=f"sigma must be positive, got {sigma}"):
             rms_cap(np.ones(3), sigma)
-    with pytest.raises(ValueError, match="unknown rule 'mup'"):
-        random_factors(BTT, rule="mup", seed=0)
-    with pytest.raises(ValueError, match="unknown backend 'mxnet'"):
-        random_factors(BTT, backend="mxnet", seed=0)
+    refused(ValueError, "unknown rule 'mup'", random_factors, BTT, rule="mup", seed=0)
+    refused(ValueError, "unknown backend 'mxnet'", random_factors, BTT, backend="mxnet", seed=0)
     with pytest.raises(ValueError, match="unknown backend 'mxnet'; one of numpy, torch, jax"):
         random_factors(design("permutation", (3, 3)), backend="mxnet", seed=0)
-    with pytest.raises(ValueError, match="NumPy arrays live on the CPU, got device 'cuda'"):
-        random_factors(BTT, device="cuda", seed=0)
-    with (
-        jax.enable_x64(False),
-        pytest.raises(ValueError, match="jax would return float32 instead of float64; enable 64 bits"),
-    ):
-        random_factors(BTT, backend="jax", dtype="float64", seed=0)
+    refused(ValueError, "NumPy arrays live on the CPU, got device 'cuda'", random_factors, BTT, device="cuda", seed=0)
+    with jax.enable_x64(False):
+        words = "jax would return float32 instead of float64; enable 64 bits"
+        refused(ValueError, words, random_factors, BTT, backend="jax", dtype="float64", seed=0)
 
 
 # -- norms ---------------------------------------------------------------------------------------------------------
@@ -130,13 +126,8 @@ def test_what_is_refused():
 
 def test_the_spectral_norm_of_the_papers_rule_does_not_depend_on_width():
     """Within 15 %, and between 1.5 and 3.6 times sqrt(d_out / d_in); all of rank 1."""
-    for name, options in (
-        ("dense", {}),
-        ("block_tensor_train", {}),
-        ("monarch", {"blocks": 4}),
-        ("monarch", {"blocks": 16}),
-        ("block_diagonal", {"blocks": 4}),
-    ):
+    monarchs = [("monarch", {"blocks": blocks}) for blocks in (4, 16)]
+    for name, options in (("dense", {}), ("block_tensor_train", {}), *monarchs, ("block_diagonal", {"blocks": 4})):
         ratios = [spectral_ratio(design(name, (d, d), **options)) for d in (64, 256, 1024)]
         assert 1.5 < min(ratios) <= max(ratios) < 3.6
         assert max(ratios) / min(ratios) < 1.15, (name, ratios)
@@ -194,18 +185,9 @@ def test_the_correction_in_the_einsum_space():
 
 
 def test_what_needs_no_correction_gets_none():
-    for name, options in (
-        ("dense", {}),
-        ("low_rank", {"rank": 1}),
-        ("low_rank", {"rank": 16}),
-        ("low_rank", {"rank": 64}),
-        ("monarch", {"blocks": 4}),
-        ("monarch", {"blocks": 8}),
-        ("kronecker", {}),
-        ("butterfly", {}),
-        ("block_diagonal", {}),
-        ("circulant", {}),
-    ):
+    plain = [(name, {}) for name in ("dense", "kronecker", "butterfly", "block_diagonal", "circulant")]
+    ranks, blocks = [("low_rank", {"rank": r}) for r in (1, 16, 64)], [("monarch", {"blocks": b}) for b in (4, 8)]
+    for name, options in (*plain, *ranks, *blocks):
         s = design(name, (64, 64), **options)
         assert rank_corrections(s) == pytest.approx((1.0,) * len(s.factors)), name
     ratios = [spectral_ratio(design("low_rank", (512, 512), rank=r)) for r in (1, 4, 16, 64)]

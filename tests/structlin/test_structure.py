@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import pickle
+import re
 import string
 import unicodedata
 
@@ -299,13 +300,9 @@ def test_axes_may_be_any_letters_and_sizes_any_integers():
     ],
 )
 def test_strings_that_are_no_chain(text, message):
-    with pytest.raises(ValueError, match="^" + "|".join([".*" + escaped(message)])) as info:
+    with pytest.raises(ValueError, match=re.escape(message)) as info:
         Structure.parse(text, dict.fromkeys("iorx", 2))
     assert repr(text) in str(info.value)
-
-
-def escaped(text):
-    return "".join("\\" + c if c in r".?*+^$[](){}|\\" else c for c in text)
 
 
 def test_chains_are_strings():
@@ -327,9 +324,9 @@ def test_chains_are_strings():
     ],
 )
 def test_sizes_that_do_not_fit(sizes, error, message):
-    with pytest.raises(error, match=escaped(message)):
+    with pytest.raises(error, match=re.escape(message)):
         Structure.parse("i,oi->o", sizes)
-    with pytest.raises(error, match=escaped(message)):
+    with pytest.raises(error, match=re.escape(message)):
         Structure.parse("i,oi->o", **sizes)
 
 
@@ -341,11 +338,7 @@ def test_sizes_given_twice():
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        (
-            {"d_in": 7},
-            ValueError,
-            "d_in must lie between 1 and the 6 elements of its axes (if smaller, the vector is padded",
-        ),
+        ({"d_in": 7}, ValueError, "1 and the 6 elements of its axes (if smaller, the vector is padded"),
         ({"d_in": 0}, ValueError, "d_in must lie between 1 and the 6 elements"),
         ({"d_out": 36}, ValueError, "d_out must lie between 1 and the 35 elements of its axes"),
         ({"d_out": -1}, ValueError, "d_out must lie between 1 and the 35 elements"),
@@ -354,62 +347,34 @@ def test_sizes_given_twice():
     ],
 )
 def test_padded_sizes_that_do_not_fit(given, error, message):
-    with pytest.raises(error, match=escaped(message)) as info:
+    with pytest.raises(error, match=re.escape(message)) as info:
         Structure.parse(BTT, **SIZES, **given)
     assert "pa,pfra->frp; frp,ferp->fe" in str(info.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "sizes", "message"),
-    [
-        (
-            "pa,pqa->pq; qp,opq->op",
-            {"p": 2, "a": 3, "q": 4, "o": 5},
-            "step 1: input 'qp' permutes the output 'pq' of the step before; write the axes in the same order",
-        ),
-        (
-            "pa,pqa->pq; gp,ogp->op",
-            {"p": 2, "a": 3, "q": 4, "g": 4, "o": 5},
-            "step 1: input 'gp' is not the output 'pq' of the step before, and axis 'p' occurs on both sides; "
-            "the axes of a regrouped vector must have new letters",
-        ),
-        (
-            "pa,pqa->pq; gl,lag->la",
-            {"p": 2, "a": 3, "q": 4, "g": 4, "l": 2},
-            "and axis 'a' occurs on both sides; the axes of a regrouped vector must have new letters",
-        ),
-        (
-            "pa,pqa->pq; gl,log->lo",
-            {"p": 2, "a": 3, "q": 4, "g": 4, "l": 3, "o": 5},
-            "step 1: input 'gl' has 12 elements, the output 'pq' before it has 8",
-        ),
-        (
-            "pa,pqa->pq; gl,log->lo; xy,zxy->zp",
-            {"p": 2, "a": 3, "q": 4, "g": 4, "l": 2, "o": 5, "x": 5, "y": 2, "z": 3},
-            "axis 'p' occurs only in the output",
-        ),
-    ],
-)
+NEW_LETTERS = "occurs on both sides; the axes of a regrouped vector must have new letters"
+
+
+@pytest.mark.parametrize(("text", "sizes", "message"), [
+    ("pa,pqa->pq; qp,opq->op", {"p": 2, "a": 3, "q": 4, "o": 5},
+     "step 1: input 'qp' permutes the output 'pq' of the step before; write the axes in the same order"),
+    ("pa,pqa->pq; gp,ogp->op", {"p": 2, "a": 3, "q": 4, "g": 4, "o": 5},
+     f"step 1: input 'gp' is not the output 'pq' of the step before, and axis 'p' {NEW_LETTERS}"),
+    ("pa,pqa->pq; gl,lag->la", {"p": 2, "a": 3, "q": 4, "g": 4, "l": 2}, f"and axis 'a' {NEW_LETTERS}"),
+    ("a,ba->b; c,dc->d; e,ae->a", {"a": 2, "b": 3, "c": 3, "d": 4, "e": 4}, f"axis 'a' {NEW_LETTERS}"),
+    ("pa,pqa->pq; gl,log->lo", {"p": 2, "a": 3, "q": 4, "g": 4, "l": 3, "o": 5},
+     "step 1: input 'gl' has 12 elements, the output 'pq' before it has 8"),
+    ("pa,pqa->pq; gl,log->lo; xy,zxy->zp", {"p": 2, "a": 3, "q": 4, "g": 4, "l": 2, "o": 5, "x": 5, "y": 2, "z": 3},
+     "axis 'p' occurs only in the output"),
+    # Read all at once, as one einsum, the chain would be another matrix.
+    ("i,ri->r; r,ir->i", {"i": 5, "r": 2},
+     "'i,ri->r; r,ir->i', step 1: axis 'i' is contracted in an earlier step; a new axis must have a new"),
+    ("a,ba->b; b,cb->c; c,ac->a", {"a": 5, "b": 2, "c": 3}, "step 2: axis 'a' is contracted in an earlier step"),
+])  # fmt: skip
 def test_steps_that_do_not_join(text, sizes, message):
-    with pytest.raises(ValueError, match=escaped(message)) as info:
+    with pytest.raises(ValueError, match=re.escape(message)) as info:
         Structure.parse(text, sizes)
     assert repr(text) in str(info.value)
-
-
-def test_a_letter_may_not_come_back_after_two_regroupings():
-    with pytest.raises(ValueError, match="axis 'a' occurs on both sides"):
-        Structure.parse("a,ba->b; c,dc->d; e,ae->a", a=2, b=3, c=3, d=4, e=4)
-
-
-def test_a_contracted_letter_may_not_come_back():
-    """Read all at once, as one einsum, the chain would be another matrix."""
-    with pytest.raises(
-        ValueError,
-        match="'i,ri->r; r,ir->i', step 1: axis 'i' is contracted in an earlier step; a new axis must have a new",
-    ):
-        Structure.parse("i,ri->r; r,ir->i", i=5, r=2)
-    with pytest.raises(ValueError, match="step 2: axis 'a' is contracted in an earlier step"):
-        Structure.parse("a,ba->b; b,cb->c; c,ac->a", a=5, b=2, c=3)
 
 
 @settings(max_examples=300, deadline=None)

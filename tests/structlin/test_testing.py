@@ -68,18 +68,8 @@ def broken(flaw, **attributes):
     def make(shape):
         return Doubling(*shape, flaw)
 
-    return type(
-        "Broken",
-        (structlin.NamedOperator,),
-        {
-            "formula": "y = W x",
-            "parameters": "d_in d_out",
-            "source": "-",
-            "examples": (((2, 3), {}),),
-            "design": staticmethod(make),
-            **attributes,
-        },
-    )
+    usual = {"formula": "y = W x", "parameters": "d_in d_out", "source": "-", "examples": (((2, 3), {}),)}
+    return type("Broken", (structlin.NamedOperator,), {**usual, "design": staticmethod(make), **attributes})
 
 
 def test_a_sound_structure_passes():

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from structlin import execution
+from structlin_nn.cli import main
 from structlin_nn.data import load_images
 from structlin_nn.records import RecordWriter
 
@@ -157,6 +158,32 @@ def gpt2_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert len(vocabulary) == 50257
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Run a line of the command ``structlin`` and further words: what it prints, if it ends with the code."""
+
+    def run(line: str, *more: object, code: int = 0) -> Any:
+        capsys.readouterr()
+        found = main([*line.split(), *map(str, more)])
+        printed = capsys.readouterr()
+        assert found == code, printed.err
+        return printed
+
+    return run
+
+
+@pytest.fixture
+def misuse(cli: Callable[..., Any]) -> Callable[..., str]:
+    """Run a wrong line: the one line that it prints on stderr, and nothing on stdout."""
+
+    def run(line: str, *more: object) -> str:
+        out, err = cli(line, *more, code=2)
+        assert (out, err.count("\n")) == ("", 1), err
+        return err
+
+    return run
 
 
 @pytest.fixture

@@ -139,13 +139,10 @@ class TestQuick:
         assert "already holds" in finished[2]
         assert "100%" in finished[2]
 
-    def test_again_it_shows_what_is_there(
-        self, finished: tuple[Path, dict[str, Any], str], capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_again_it_shows_what_is_there(self, finished: tuple[Path, dict[str, Any], str], cli) -> None:
         folder, printed, _ = finished
         before = {path: path.read_bytes() for path in folder.glob("*/*") if path.is_file()}
-        assert main(["demo", "--quick", "--out", str(folder), "--seed", "1", "--quiet"]) == 0
-        out, err = capsys.readouterr()
+        out, err = cli("demo", "--quick", "--out", folder, "--seed", "1", "--quiet")
         assert err == ""
         assert {path: path.read_bytes() for path in folder.glob("*/*") if path.is_file()} == before
         for row in printed["rows"]:
@@ -153,22 +150,16 @@ class TestQuick:
             assert f"{row['params']:,}" in out
         assert str(folder / "demo.png") in out
 
-    def test_another_seed_needs_another_folder(
-        self, finished: tuple[Path, dict[str, Any], str], capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        assert main(["demo", "--quick", "--out", str(finished[0]), "--seed", "2", "--quiet"]) == 2
-        err = capsys.readouterr().err
+    def test_another_seed_needs_another_folder(self, finished: tuple[Path, dict[str, Any], str], cli) -> None:
+        err = cli("demo", "--quick", "--out", finished[0], "--seed", "2", "--quiet", code=2).err
         assert "another configuration: seed was 1 and is 2" in err
         assert err.count("\n") == 1
 
 
-def test_a_failure_in_a_run_is_printed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_in_a_run_is_printed(tmp_path: Path, cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """How an error comes out of the process of a run is tested in cli/test_sweep.py."""
     monkeypatch.setattr(demo, "run_all", lambda jobs, **_: Outcome(dict.fromkeys(jobs, "NotADirectoryError: x"), None))
-    assert main(["demo", "--quick", "--out", str(tmp_path), "--quiet", "--workers", "1"]) == 1
-    err = capsys.readouterr().err
+    err = cli("demo", "--quick", "--out", tmp_path, "--quiet", "--workers", "1", code=1).err
     assert err.startswith("structlin demo: ")
     assert all(f"{name}: NotADirectoryError: x" in err for name in configurations(0, quick=True))
     assert err.count("\n") == 1

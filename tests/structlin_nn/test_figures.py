@@ -177,12 +177,11 @@ def test_command(name: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFi
     ],
 )
 def test_misuse(words: str, message: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+                cli) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     name, *rest = words.split()
     out = [] if "--out" in rest else ["--out", "figure.png"]
-    assert main(["figure", name, str(runs), *rest, *out]) == 2
-    out_text, err = capsys.readouterr()
+    out_text, err = cli("figure", name, runs, *rest, *out, code=2)
     assert message in err
     assert out_text == ""
     assert err.count("\n") == 1

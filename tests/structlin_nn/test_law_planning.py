@@ -82,8 +82,7 @@ def exhaustive(group: str, resource: str, budget: float, batch: int, widest: int
 
 
 @pytest.mark.parametrize(
-    ("resource", "budget"),
-    [("training_flops", 1e9), pytest.param("run_seconds", 2e-3, marks=pytest.mark.slow)],
+    ("resource", "budget"), [("training_flops", 1e9), pytest.param("run_seconds", 2e-3, marks=pytest.mark.slow)]
 )
 def test_lowest_loss_within_a_budget_is_that_of_all_widths(resource: str, budget: float) -> None:
     rows = plan_by_law("cifar-mlp", size_laws(), budget, resource=resource, device="h100", batch_size=16, **SMALL)
@@ -152,7 +151,7 @@ def test_laws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(output(capsys, *words, "--json"))[0]["plan"]["structure"] == "monarch"
 
 
-def test_fit_and_plan_by_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_and_plan_by_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], cli) -> None:
     lines = ["structure,forward_macs,samples,test_loss"]
     lines += [
         f"{name.partition(',')[0]},{n},{d},{law(n, d)}"
@@ -162,8 +161,7 @@ def test_fit_and_plan_by_commands(tmp_path: Path, capsys: pytest.CaptureFixture[
     ]
     (tmp_path / "runs.csv").write_text("\n".join(lines))
     fit = ("--size", "forward_macs", "--data", "samples", "--y", "test_loss", "--samples", "5", "--json")
-    assert main(["fit", str(tmp_path / "runs.csv"), *fit]) == 0
-    (tmp_path / "sizes.json").write_text(capsys.readouterr().out)
+    (tmp_path / "sizes.json").write_text(cli("fit", tmp_path / "runs.csv", *fit).out)
     words = ("cifar-mlp", "--laws", tmp_path / "sizes.json", "--num-classes", "3", "--batch-size", "16")
     words += ("--multiple-of", "16")
     out = output(capsys, *words, "--run-seconds", "0.001", "--device", "h100")
@@ -176,5 +174,4 @@ def test_fit_and_plan_by_commands(tmp_path: Path, capsys: pytest.CaptureFixture[
         (("--run-seconds", "1,2", "--device", "h100"), "one budget is needed: --run-seconds or --training-flops"),
         (("--training-flops", "1e10", "--width", "64"), "--width is not used with --laws in two sizes"),
     ):
-        assert main(["plan", *map(str, words), *more]) == 2
-        assert message in capsys.readouterr().err
+        assert message in cli("plan", *words, *more, code=2).err

@@ -9,8 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from structlin_nn.cli import main
-from structlin_nn.records import RecordWriter
+from structlin_nn.records import FAILED, RecordWriter
 from structlin_nn.report import report, runs_of
 from structlin_nn.tables import group_rows, read_rows
 
@@ -196,11 +195,27 @@ def test_runs_and_their_rates(runs: Path) -> None:
         runs_of({"a": [{"macs": 1.0}]}, "macs")
 
 
+def test_a_run_without_an_evaluation_is_named_on_the_page(runs: Path) -> None:
+    """Only its header was written, since it failed or was stopped."""
+    header = next(runs.glob("*.jsonl")).read_bytes().split(b"\n")[0] + b"\n"
+    folders = [runs / name for name in ("failed", "stopped")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "record.jsonl").write_bytes(header)
+    (folders[0] / FAILED).write_text('{"error": "out of\\nmemory"}')
+    page = Page(report([runs], samples=20))
+    assert len(page.tables["Runs"]) == 8
+    left_out = "left out, since the run {} before its first evaluation: {}"
+    assert left_out.format("failed (out of memory)", folders[0] / "record.jsonl") in page.text
+    assert left_out.format("stopped", folders[1] / "record.jsonl") in page.text
+    with pytest.raises(ValueError, match=r"there is no evaluation yet in .*record\.jsonl"):
+        report(folders, samples=20)
+
+
 class TestCommand:
-    def test_page(self, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_page(self, runs: Path, tmp_path: Path, cli) -> None:
         out = tmp_path / "page.html"
-        assert main(["report", str(runs), "--out", str(out), "--samples", "20", "--title", "A & B"]) == 0
-        assert capsys.readouterr().out.strip() == str(out)
+        assert cli("report", runs, "--out", out, "--samples", "20", "--title", "A & B").out.strip() == str(out)
         assert "<title>A &amp; B</title>" in out.read_text()
 
     @pytest.mark.parametrize(
@@ -214,14 +229,12 @@ class TestCommand:
             ("--group structur", "did you mean structure?"),
         ],
     )
-    def test_misuse(self, words: str, message: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["report", str(runs), "--samples", "5", *words.split()]) == 2
-        out, err = capsys.readouterr()
+    def test_misuse(self, words: str, message: str, runs: Path, cli) -> None:
+        out, err = cli("report", runs, "--samples", "5", *words.split(), code=2)
         assert message in err
         assert out == ""
         assert err.count("\n") == 1
 
-    def test_tables_are_no_records(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_tables_are_no_records(self, tmp_path: Path, cli) -> None:
         (tmp_path / "points.csv").write_text("structure,test_error\ndense,0.5\n")
-        assert main(["report", str(tmp_path / "points.csv")]) == 2
-        assert "a report is of run records" in capsys.readouterr().err
+        assert "a report is of run records" in cli("report", tmp_path / "points.csv", code=2).err

@@ -7,15 +7,7 @@ from typing import Any
 
 import pytest
 
-from structlin_nn.records import (
-    COMMON_KEYS,
-    HEADER_KEYS,
-    SCHEMA,
-    TASK_KEYS,
-    RecordWriter,
-    read_record,
-    sealed,
-)
+from structlin_nn.records import COMMON_KEYS, HEADER_KEYS, SCHEMA, TASK_KEYS, RecordWriter, read_record, sealed
 
 HEADER: dict[str, Any] = {key: {} for key in HEADER_KEYS if key != "schema"} | {
     "counts": {"steps": 20},
@@ -147,8 +139,7 @@ def test_numbers_that_json_lacks_are_refused(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("schema", "task", "whole"),
-    [(2, "cifar", False), (2, "gpt2", True), (3, "gpt2", False), (3, "imagenet", False)],
+    ("schema", "task", "whole"), [(2, "cifar", False), (2, "gpt2", True), (3, "gpt2", False), (3, "imagenet", False)]
 )
 def test_earlier_schemas_lack_statistics(schema: int, task: str, whole: bool, tmp_path: Path) -> None:
     header = {"kind": "header", **HEADER, "schema": schema, "task": task}

@@ -167,7 +167,7 @@ class TestOwnModels:
             ("no_such_module:mlp", "no_such_module:mlp cannot be imported"),
             ("my_models:", "given as package.module:function, got 'my_models:'"),
             ("my_models:number", "must be a function of a width, got 3"),
-            ("my_models:no_model", "must return a torch module or .module, inputs., got 16"),
+            ("my_models:no_model", "must return a torch module or .module, inputs., got int$"),
         ],
     )
     def test_paths(self, own: str, path: str, message: str) -> None:
@@ -214,12 +214,11 @@ class TestModelsOfLibraries:
             builder_of("my_models:mlp", base_width=16, width_option="n_embd")
 
 
-def test_command_reports_by_its_code(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_reports_by_its_code(capsys: pytest.CaptureFixture[str], cli) -> None:
     words = ["check-scale", "cifar-mlp", "--widths", "32,128", "--seeds", "1", "--depth", "1"]
     assert main(words) == 0
     assert "all layers are flat" in capsys.readouterr().out
-    assert main([*words, "--threshold", "0.0001"]) == 1
-    assert "layers are not flat (slopes from -0.0001 to 0.0001)" in capsys.readouterr().out
+    assert "layers are not flat (slopes from -0.0001 to 0.0001)" in cli(*words, "--threshold", "0.0001", code=1).out
 
 
 @pytest.mark.parametrize(
@@ -252,16 +251,12 @@ def test_refused(settings: dict[str, Any], message: str) -> None:
         ("my_models:mlp", "my_models:mlp needs base_width, the width at which its learning rate was tuned"),
         ("cifar-mlp --width-option width", "width_option and model_options are for models by timm:NAME"),
         ("cifar-mlp --parameter-rule *=x", "the value of * must be JSON, got 'x'"),
-        (
-            "my_models:mlp --base-width 16 --depth 2",
-            "depth is a size of the named models",
-        ),
+        ("my_models:mlp --base-width 16 --depth 2", "depth is a size of the named models"),
         ("my_models:mlp --base-width 16 --rank 2", "structure 'dense' has no option 'rank'"),
     ],
 )
-def test_misuse(words: str, message: str, own: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check-scale", *words.split()]) == 2
-    out, err = capsys.readouterr()
+def test_misuse(words: str, message: str, own: str, cli) -> None:
+    out, err = cli("check-scale", *words.split(), code=2)
     assert message in err
     assert out == ""
     assert err.count("\n") == 1

@@ -8,21 +8,16 @@ same size for each gradient that is computed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from structlin_nn.torch.counting._lists import WHOLE, Formula, Product, register_product
+from structlin_nn.torch.counting._lists import WHOLE, Formula, Product, register_table
 
 Arguments = Mapping[str, Any]
-
-
-def _register(names: str, formula: Formula) -> None:
-    for name in names.split():
-        register_product(name if "::" in name else f"aten::{name}")(formula)
 
 
 # -- matrix products -----------------------------------------------------------------------------------------------
@@ -73,24 +68,10 @@ def _operands(first: str, second: str) -> Formula:
     return lambda arguments, output: matrix_product(arguments[first], arguments[second])
 
 
-_register("mm _int_mm _scaled_mm _scaled_mm_v2 bmm", _operands("self", "mat2"))
-_register("mv", _operands("self", "vec"))
-_register("addmv", _operands("mat", "vec"))
-_register("addmm _addmm_activation _sparse_addmm sspaddmm hspmm", _operands("mat1", "mat2"))
-_register("baddbmm addbmm", _operands("batch1", "batch2"))
-_register("_sparse_sparse_matmul vdot", _operands("self", "other"))
-_register("dot", _operands("self", "tensor"))
-_register("quantized::matmul", _operands("qa", "qb"))
-
-
 def _outer(arguments: Arguments, output: Any) -> Product:
     """Count one product and one addition for each number of the result."""
     a, b = arguments["vec1"], arguments["vec2"]
     return Product(a.numel() * b.numel(), operands=(a, b), sizes=(a.numel(), 1, b.numel()))
-
-
-_register("addr", _outer)
-_register("_foreach_mm", lambda g, output: Product(_sum_of_products(g["self"], g["mat2"])))
 
 
 def grouped(a: Tensor, b: Tensor, offsets: Tensor | None) -> Product:
@@ -117,12 +98,6 @@ def _has_values(x: Tensor) -> bool:
     return x.device.type != "meta" and not isinstance(x, torch._subclasses.FakeTensor)
 
 
-_register(
-    "_grouped_mm _scaled_grouped_mm _scaled_grouped_mm_v2",
-    lambda g, output: grouped(g["self"], g["mat2"], g.get("offs")),
-)
-
-
 def _dense_layer(x: str) -> Formula:
     """Count a layer of packed, transposed or quantised weights, by the features of x and of the result."""
 
@@ -136,50 +111,12 @@ def _dense_layer(x: str) -> Formula:
     return formula
 
 
-_register("_mixed_dtypes_linear", _dense_layer("input"))
-_register(
-    """
-    mkldnn_linear _weight_int4pack_mm _weight_int4pack_mm_for_cpu _weight_int4pack_mm_with_scales_and_zeros
-    _weight_int8pack_mm
-    """,
-    _dense_layer("self"),
-)
-_register("_dyn_quant_matmul_4bit", _dense_layer("inp"))
-_register(
-    """
-    quantized::linear quantized::linear_relu quantized::linear_leaky_relu quantized::linear_tanh
-    quantized::linear_dynamic quantized::linear_relu_dynamic quantized::linear_dynamic_fp16
-    quantized::linear_relu_dynamic_fp16 quantized::linear_with_input_q_dq_qweight_dq_output_fp32
-    quantized::linear_with_input_q_dq_qweight_dq_relu_output_fp32 quantized::linear_dynamic_fp16_unpacked_weight
-    _quantized::linear _quantized::linear_dynamic onednn::linear_dynamic_fp16 onednn::linear_relu_dynamic_fp16
-    mkldnn::_linear_pointwise sparse::qlinear sparse::qlinear_relu sparse::qlinear_dynamic sparse::qlinear_relu_dynamic
-    """,
-    _dense_layer("X"),
-)
-_register("onednn::qlinear_pointwise", _dense_layer("qx"))
-# Composites that nested arrays have kernels of.
-WHOLE.update({"aten::linear": _dense_layer("input"), "aten::matmul": _operands("self", "other")})
-
-
 def _linear_backward(arguments: Arguments, output: Any) -> Product:
     """Count the gradients of the input and of the weight that are computed."""
     weight, gradient = arguments["weight"], arguments["grad_output"]
     rows = gradient.numel() // max(weight.shape[0], 1)
     needed = sum(arguments["output_mask"][:2])
     return Product(rows * weight.numel() * needed, "linear", d_in=weight.shape[1], d_out=weight.shape[0], rows=rows)
-
-
-_register("linear_backward mkldnn_linear_backward", _linear_backward)
-_register(
-    "mkldnn_linear_backward_input mkldnn_linear_backward_weights",
-    lambda g, output: Product(g["grad_output"].numel() * g["weight"].shape[1], "linear"),
-)
-_register(
-    "matmul_backward",
-    lambda g, output: Product(
-        g["grad"].numel() * g["self"].shape[-1] * sum(g["mask"]), operands=(g["self"], g["other"])
-    ),
-)
 
 
 # -- sparse --------------------------------------------------------------------------------------------------------
@@ -196,24 +133,11 @@ def _semi_structured(sparse: str, dense: str, dense_rows: bool = False) -> Formu
     return formula
 
 
-_register("_sparse_semi_structured_addmm _sparse_semi_structured_mm", _semi_structured("mat1", "mat2"))
-_register("_sparse_semi_structured_linear", _semi_structured("weight", "input", dense_rows=True))
-
-
 def _compressed(arguments: Arguments, output: Any) -> Product:
     """2:4 sparsity, by the sizes of the dense operand and the result, as the packed one has none."""
     other = arguments["dense_B"]
     rows = output.shape[-1] if arguments["transpose_result"] else output.shape[0]
     return Product(rows * (other.shape[0] // 2) * other.shape[1], "linear")
-
-
-_register("_cslt_sparse_mm", _compressed)
-_register("_sparse_mm_reduce_impl", lambda g, output: Product(_entries(g["self"]) * g["other"].shape[-1]))
-_register(
-    "_sparse_mm_reduce_impl_backward",
-    lambda g, output: Product(_entries(g["self"]) * g["weight"].shape[-1] * sum(g["output_mask"])),
-)
-_register("sparse_sampled_addmm", lambda g, output: Product(_entries(g["self"]) * g["mat1"].shape[-1]))
 
 
 # -- products of three, distances, grids ---------------------------------------------------------------------------
@@ -236,9 +160,6 @@ def _trilinear(arguments: Arguments, output: Any) -> Product:
     return Product(first + second, operands=tuple(arguments[f"i{number}"] for number in (1, 2, 3)))
 
 
-_register("_trilinear", _trilinear)
-
-
 def _euclidean(arguments: Arguments, output: Tensor) -> Product:
     """Count distances by one product, whose rows have two more entries: the squared norm and a one."""
     return Product(output.numel() * (arguments["x1"].shape[-1] + 2), "product")
@@ -249,23 +170,6 @@ def _distances(arguments: Arguments, output: Tensor) -> Product | None:
     x1, x2, mode = arguments["x1"], arguments["x2"], arguments["compute_mode"]
     by_product = mode == 1 or (not mode and (x1.shape[-2] > 25 or x2.shape[-2] > 25))
     return _euclidean(arguments, output) if arguments["p"] == 2 and by_product else None
-
-
-_register("_euclidean_dist", _euclidean)
-_register("_cdist_forward", _distances)
-
-
-_register("_cdist_backward", lambda g, output: None)  # elementwise
-_register(
-    "_compute_linear_combination",
-    lambda g, output: Product(g["coefficients"].shape[0] * g["input"].numel(), "product"),
-)
-# An affine map of each point of a grid: (x, y, 1) or (x, y, z, 1).
-_register(
-    "affine_grid_generator cudnn_affine_grid_generator",
-    lambda g, output: Product(output.numel() * (output.shape[-1] + 1), "product"),
-)
-_register("cudnn_affine_grid_generator_backward", lambda g, output: Product(g["grad"].numel() * 3, "product"))
 
 
 # -- convolutions --------------------------------------------------------------------------------------------------
@@ -292,83 +196,35 @@ def _convolution(transposed: bool = False) -> Formula:
     return formula
 
 
-_register(
-    """
-    convolution _convolution convolution_overrideable cudnn_convolution cudnn_convolution_add_relu
-    cudnn_convolution_relu miopen_convolution miopen_convolution_add_relu miopen_convolution_relu
-    miopen_depthwise_convolution mkldnn_convolution _mps_convolution _nnpack_spatial_convolution _slow_conv2d_forward
-    slow_conv3d_forward slow_conv_dilated2d slow_conv_dilated3d _conv_depthwise2d conv_depthwise3d
-    convolution_backward convolution_backward_overrideable mps_convolution_backward _slow_conv2d_backward
-    """,
-    _convolution(),
-)
-_register(
-    """
-    cudnn_convolution_transpose miopen_convolution_transpose _mps_convolution_transpose slow_conv_transpose2d
-    slow_conv_transpose3d mps_convolution_transpose_backward
-    """,
-    _convolution(transposed=True),
-)
-# Time, batch, channels; the kernel is (length, channels in, channels out).
-_register(
-    "conv_tbc",
-    lambda g, output: Product(
-        output.numel() * math.prod(g["weight"].shape[:2]), "convolution", d_in=g["weight"].shape[1],
-        d_out=g["weight"].shape[2],
-    ),
-)  # fmt: skip
+def _time_convolution(arguments: Arguments, output: Tensor) -> Product:
+    """Count a convolution of (time, batch, channels) by a kernel (length, channels in, channels out)."""
+    length, d_in, d_out = arguments["weight"].shape
+    return Product(output.numel() * length * d_in, "convolution", d_in=d_in, d_out=d_out)
 
 
 def _packed_convolution(arguments: Arguments, output: Tensor) -> Product:
-    """Return the weights are packed with their scales; torch unpacks them."""
+    """Count a convolution whose weights are packed with their scales; torch unpacks them."""
     packed = next(arguments[key] for key in ("packed_weight", "packed_params", "weight") if key in arguments)
     weight = packed.unpack()[0] if hasattr(packed, "unpack") else torch.ops.quantized.conv_unpack(packed)[0]
     return _convolved(arguments["qx"], weight, output)
 
 
-_register(
-    """
-    quantized::conv1d quantized::conv1d_relu quantized::conv2d quantized::conv2d_relu quantized::conv3d
-    quantized::conv3d_relu
-    """,
-    _packed_convolution,
-)
-
-
 # -- recurrent layers ----------------------------------------------------------------------------------------------
 
 
-def _layer_of_rnn(x: Tensor, weights: tuple[Tensor, ...], batch_sizes: Any, times: int = 1) -> Product:
+def _recurrent(*weights: str, times: Callable[[Arguments], int] = lambda g: 1) -> Formula:
     """Count each matrix of a layer for each vector: the gates of the input, and those of the previous state."""
-    vectors = sum(batch_sizes) if batch_sizes else math.prod(x.shape[:-1])
-    macs = times * vectors * sum(w.numel() for w in weights)
-    return Product(macs, "linear", operands=weights, d_in=x.shape[-1], rows=vectors)
 
+    def formula(g: Arguments, output: Any) -> Product:
+        held: list[Tensor] = []
+        for name in weights:
+            held += [g[name]] if isinstance(g[name], Tensor) else [w for w in g[name] if w.ndim == 2]
+        x, batch_sizes = g["input"], g["batch_sizes"]
+        vectors = sum(batch_sizes) if batch_sizes else math.prod(x.shape[:-1])
+        macs = times(g) * vectors * sum(w.numel() for w in held)
+        return Product(macs, "linear", operands=tuple(held), d_in=x.shape[-1], rows=vectors)
 
-_register(
-    "mkldnn_rnn_layer",
-    lambda g, output: _layer_of_rnn(g["input"], (g["weight0"], g["weight1"]), g["batch_sizes"]),
-)
-_register(
-    "mkldnn_rnn_layer_backward",
-    lambda g, output: _layer_of_rnn(g["input"], (g["weight1"], g["weight2"]), g["batch_sizes"], times=2),
-)
-
-
-def _matrices(weights: list[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(w for w in weights if w.ndim == 2)
-
-
-_register(
-    "_cudnn_rnn miopen_rnn", lambda g, output: _layer_of_rnn(g["input"], _matrices(g["weight"]), g["batch_sizes"])
-)
-# The gradient of the data always, that of the weights on request.
-_register(
-    "_cudnn_rnn_backward miopen_rnn_backward",
-    lambda g, output: _layer_of_rnn(
-        g["input"], _matrices(g["weight"]), g["batch_sizes"], times=1 + bool(g["output_mask"][3])
-    ),
-)
+    return formula
 
 
 # -- attention -----------------------------------------------------------------------------------------------------
@@ -419,23 +275,6 @@ def _cumulated(arguments: Arguments) -> list[list[int]] | None:
     return None
 
 
-_FUSED = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention",
-          "fused_attention_overrideable")  # fmt: skip
-for _name in _FUSED:
-    _register(f"_scaled_dot_product_{_name}", _attention("bhle"))
-    _register(f"_scaled_dot_product_{_name}_backward", _attention("bhle", True))
-_register(
-    "_scaled_dot_product_attention_math_for_mps _cudnn_attention_forward higher_order::flex_attention",
-    _attention("bhle"),
-)
-_register("_cudnn_attention_backward higher_order::flex_attention_backward", _attention("bhle", True))
-_register(
-    "_flash_attention_forward _flash_attention_forward_no_dropout_inplace _efficient_attention_forward",
-    _attention("blhe"),
-)
-_register("_flash_attention_backward _efficient_attention_backward", _attention("blhe", True))
-
-
 def _sequences(x: Tensor) -> tuple[int, int]:
     """Return the tokens of a batch (padded or nested), and the pairs of tokens of the same sequence."""
     if x.is_nested:
@@ -455,5 +294,103 @@ def _fused_layer(x: str, kind: str, *further: str) -> Formula:
     return formula
 
 
-_register("_native_multi_head_attention", _fused_layer("query", "attention"))
-_register("_transformer_encoder_layer_fwd", _fused_layer("src", "linear", "ffn_weight_1", "ffn_weight_2"))
+# -- the formula of each operation ---------------------------------------------------------------------------------
+
+register_table({
+    "mm _int_mm _scaled_mm _scaled_mm_v2 bmm": _operands("self", "mat2"),
+    "mv": _operands("self", "vec"),
+    "addmv": _operands("mat", "vec"),
+    "addmm _addmm_activation _sparse_addmm sspaddmm hspmm": _operands("mat1", "mat2"),
+    "baddbmm addbmm": _operands("batch1", "batch2"),
+    "_sparse_sparse_matmul vdot": _operands("self", "other"),
+    "dot": _operands("self", "tensor"),
+    "quantized::matmul": _operands("qa", "qb"),
+    "addr": _outer,
+    "_foreach_mm": lambda g, output: Product(_sum_of_products(g["self"], g["mat2"])),
+    "_grouped_mm _scaled_grouped_mm _scaled_grouped_mm_v2": (
+        lambda g, output: grouped(g["self"], g["mat2"], g.get("offs"))
+    ),
+    "_mixed_dtypes_linear": _dense_layer("input"),
+    """
+    mkldnn_linear _weight_int4pack_mm _weight_int4pack_mm_for_cpu _weight_int4pack_mm_with_scales_and_zeros
+    _weight_int8pack_mm
+    """: _dense_layer("self"),
+    "_dyn_quant_matmul_4bit": _dense_layer("inp"),
+    """
+    quantized::linear quantized::linear_relu quantized::linear_leaky_relu quantized::linear_tanh
+    quantized::linear_dynamic quantized::linear_relu_dynamic quantized::linear_dynamic_fp16
+    quantized::linear_relu_dynamic_fp16 quantized::linear_with_input_q_dq_qweight_dq_output_fp32
+    quantized::linear_with_input_q_dq_qweight_dq_relu_output_fp32 quantized::linear_dynamic_fp16_unpacked_weight
+    _quantized::linear _quantized::linear_dynamic onednn::linear_dynamic_fp16 onednn::linear_relu_dynamic_fp16
+    mkldnn::_linear_pointwise sparse::qlinear sparse::qlinear_relu sparse::qlinear_dynamic sparse::qlinear_relu_dynamic
+    """: _dense_layer("X"),
+    "onednn::qlinear_pointwise": _dense_layer("qx"),
+    "linear_backward mkldnn_linear_backward": _linear_backward,
+    "mkldnn_linear_backward_input mkldnn_linear_backward_weights": (
+        lambda g, output: Product(g["grad_output"].numel() * g["weight"].shape[1], "linear")
+    ),
+    "matmul_backward": lambda g, output: Product(
+        g["grad"].numel() * g["self"].shape[-1] * sum(g["mask"]), operands=(g["self"], g["other"])
+    ),
+    "_sparse_semi_structured_addmm _sparse_semi_structured_mm": _semi_structured("mat1", "mat2"),
+    "_sparse_semi_structured_linear": _semi_structured("weight", "input", dense_rows=True),
+    "_cslt_sparse_mm": _compressed,
+    "_sparse_mm_reduce_impl": lambda g, output: Product(_entries(g["self"]) * g["other"].shape[-1]),
+    "_sparse_mm_reduce_impl_backward": (
+        lambda g, output: Product(_entries(g["self"]) * g["weight"].shape[-1] * sum(g["output_mask"]))
+    ),
+    "sparse_sampled_addmm": lambda g, output: Product(_entries(g["self"]) * g["mat1"].shape[-1]),
+    "_trilinear": _trilinear,
+    "_euclidean_dist": _euclidean,
+    "_cdist_forward": _distances,
+    "_cdist_backward": lambda g, output: None,  # elementwise
+    "_compute_linear_combination": (
+        lambda g, output: Product(g["coefficients"].shape[0] * g["input"].numel(), "product")
+    ),
+    # An affine map of each point of a grid: (x, y, 1) or (x, y, z, 1).
+    "affine_grid_generator cudnn_affine_grid_generator": (
+        lambda g, output: Product(output.numel() * (output.shape[-1] + 1), "product")
+    ),
+    "cudnn_affine_grid_generator_backward": lambda g, output: Product(g["grad"].numel() * 3, "product"),
+    """
+    convolution _convolution convolution_overrideable cudnn_convolution cudnn_convolution_add_relu
+    cudnn_convolution_relu miopen_convolution miopen_convolution_add_relu miopen_convolution_relu
+    miopen_depthwise_convolution mkldnn_convolution _mps_convolution _nnpack_spatial_convolution _slow_conv2d_forward
+    slow_conv3d_forward slow_conv_dilated2d slow_conv_dilated3d _conv_depthwise2d conv_depthwise3d
+    convolution_backward convolution_backward_overrideable mps_convolution_backward _slow_conv2d_backward
+    """: _convolution(),
+    """
+    cudnn_convolution_transpose miopen_convolution_transpose _mps_convolution_transpose slow_conv_transpose2d
+    slow_conv_transpose3d mps_convolution_transpose_backward
+    """: _convolution(transposed=True),
+    "conv_tbc": _time_convolution,
+    """
+    quantized::conv1d quantized::conv1d_relu quantized::conv2d quantized::conv2d_relu quantized::conv3d
+    quantized::conv3d_relu
+    """: _packed_convolution,
+    "mkldnn_rnn_layer": _recurrent("weight0", "weight1"),
+    "mkldnn_rnn_layer_backward": _recurrent("weight1", "weight2", times=lambda g: 2),
+    "_cudnn_rnn miopen_rnn": _recurrent("weight"),
+    # The gradient of the data always, that of the weights on request.
+    "_cudnn_rnn_backward miopen_rnn_backward": _recurrent("weight", times=lambda g: 1 + bool(g["output_mask"][3])),
+    """
+    _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
+    _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
+    _scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math_for_mps
+    _cudnn_attention_forward higher_order::flex_attention
+    """: _attention("bhle"),
+    """
+    _scaled_dot_product_flash_attention_backward _scaled_dot_product_flash_attention_for_cpu_backward
+    _scaled_dot_product_efficient_attention_backward _scaled_dot_product_cudnn_attention_backward
+    _scaled_dot_product_fused_attention_overrideable_backward _cudnn_attention_backward
+    higher_order::flex_attention_backward
+    """: _attention("bhle", backward=True),
+    "_flash_attention_forward _flash_attention_forward_no_dropout_inplace _efficient_attention_forward": (
+        _attention("blhe")
+    ),
+    "_flash_attention_backward _efficient_attention_backward": _attention("blhe", backward=True),
+    "_native_multi_head_attention": _fused_layer("query", "attention"),
+    "_transformer_encoder_layer_fwd": _fused_layer("src", "linear", "ffn_weight_1", "ffn_weight_2"),
+})  # fmt: skip
+# Composites that nested arrays have kernels of.
+WHOLE.update({"aten::linear": _dense_layer("input"), "aten::matmul": _operands("self", "other")})

@@ -12,14 +12,9 @@ import torch
 from torch import Tensor
 
 from structlin_nn._flops import FLOPS, fft_flops, qr_flops, svd_flops
-from structlin_nn.torch.counting._lists import Product, register_product
+from structlin_nn.torch.counting._lists import Formula, Product, register_table
 
 Arguments = Mapping[str, Any]
-
-
-def _register(names: str, formula: Callable[[Arguments], Product]) -> None:
-    for name in names.split():
-        register_product(f"aten::{name}")(lambda arguments, output: formula(arguments))
 
 
 def _product(flops: Fraction | int) -> Product:
@@ -34,17 +29,14 @@ def _right_sides(a: Tensor, b: Tensor, left: bool = True) -> tuple[int, int, int
     return math.prod(torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])), n, b.shape[-1] if left else b.shape[-2]
 
 
-# -- operations of one matrix --------------------------------------------------------------------------------------
+def _of_one(argument: str, flops: Callable[[Arguments, int, int], Fraction | int]) -> Formula:
+    """Count FLOPs of one matrix, a function of the arguments and the sizes m x n of the matrix ``argument``."""
 
-
-def _of_one(names: str, argument: str, flops: Callable[[Arguments, int, int], Fraction | int]) -> None:
-    """Register FLOPs of one matrix, a function of the arguments and the sizes m x n of the matrix ``argument``."""
-
-    def formula(g: Arguments) -> Product:
+    def formula(g: Arguments, output: Any) -> Product:
         *batch, m, n = g[argument].shape
         return _product(math.prod(batch) * flops(g, m, n))
 
-    _register(names, formula)
+    return formula
 
 
 def _least_squares(g: Arguments, m: int, n: int) -> Fraction | int:
@@ -62,62 +54,25 @@ def _pseudoinverse(g: Arguments, m: int, n: int) -> Fraction | int:
     return factors + 2 * m * n * min(m, n)
 
 
-_of_one("linalg_lu linalg_lu_factor_ex _linalg_det _linalg_slogdet", "A", lambda g, m, n: FLOPS["lu"](m, n))
-_of_one("geqrf", "self", lambda g, m, n: FLOPS["qr"](m, n))
-_of_one("linalg_inv_ex", "A", lambda g, m, n: FLOPS["inverse"](n))
-_of_one("cholesky linalg_cholesky_ex", "self", lambda g, m, n: FLOPS["cholesky"](n))
-_of_one("cholesky_inverse", "self", lambda g, m, n: FLOPS["cholesky_inverse"](n))
-_of_one("linalg_ldl_factor_ex", "self", lambda g, m, n: FLOPS["ldl"](n))
-_of_one("linalg_eigvals _linalg_eigvals", "self", lambda g, m, n: FLOPS["eigvals"](n))
-_of_one("linalg_eig", "self", lambda g, m, n: FLOPS["eigvals" if g.get("values_only") else "eig"](n))
-_of_one(
-    "_linalg_eigh", "A",
-    lambda g, m, n: FLOPS["eigh" if g["compute_v"] and not g.get("values_only") else "eigvalsh"](n),
-)  # fmt: skip
-_of_one(
-    "_linalg_svd", "A",
-    lambda g, m, n: svd_flops(m, n, g["compute_uv"] and not g.get("values_only"), g["full_matrices"]),
-)  # fmt: skip
-_of_one("linalg_qr", "A", lambda g, m, n: qr_flops(m, n, {"r": 0, "reduced": min(m, n), "complete": m}[g["mode"]]))
-_of_one("linalg_householder_product", "input", lambda g, m, n: FLOPS["householder_product"](m, n, g["tau"].shape[-1]))
-_of_one("linalg_lstsq", "self", _least_squares)
-_of_one("linalg_pinv", "self", _pseudoinverse)
+def _of_triangles(factors: str, right: str, number: int) -> Formula:
+    """Count a solution by triangles: the arguments of the factors and of the right-hand sides, and their number."""
 
-
-# -- systems of equations ------------------------------------------------------------------------------------------
-
-
-def _of_triangles(name: str, factors: str, right: str, number: int) -> None:
-    """Register a solution by triangles: the arguments of the factors and of the right-hand sides, and their number."""
-
-    def formula(g: Arguments) -> Product:
+    def formula(g: Arguments, output: Any) -> Product:
         batch, n, columns = _right_sides(g[factors], g[right], g.get("left", True))
         return _product(batch * number * FLOPS["triangular_solve"](n, columns))
 
-    _register(name, formula)
+    return formula
 
 
-_of_triangles("linalg_lu_solve", "LU", "B", 2)
-_of_triangles("cholesky_solve", "input2", "self", 2)
-_of_triangles("_cholesky_solve_helper", "A", "self", 2)
-_of_triangles("linalg_ldl_solve", "LD", "B", 2)
-_of_triangles("triangular_solve", "A", "self", 1)
-_of_triangles("linalg_solve_triangular", "self", "B", 1)
-
-
-def _solution_by_lu(g: Arguments) -> Product:
+def _solution_by_lu(g: Arguments, output: Any) -> Product:
     batch, n, columns = _right_sides(g["A"], g["B"], g["left"])
     return _product(math.prod(g["A"].shape[:-2]) * FLOPS["lu"](n, n) + batch * FLOPS["lu_solve"](n, columns))
 
 
-def _reflections(g: Arguments) -> Product:
+def _reflections(g: Arguments, output: Any) -> Product:
     *batch, m, n = g["input3"].shape
     length, columns = (m, n) if g["left"] else (n, m)
     return _product(math.prod(batch) * FLOPS["householder_apply"](length, columns, g["input2"].shape[-1]))
-
-
-_register("_linalg_solve_ex", _solution_by_lu)
-_register("ormqr", _reflections)
 
 
 # -- matrix exponential --------------------------------------------------------------------------------------------
@@ -141,7 +96,7 @@ def matrix_exp_products(norm: float, dtype: torch.dtype) -> int:
     return len(bounds) - 1 + math.ceil(math.log2(norm / bounds[-1]))
 
 
-def _exponential(g: Arguments) -> Product:
+def _exponential(g: Arguments, output: Any) -> Product:
     """Count by the norms; without finite values (meta) degree 18 without squarings, which is five products."""
     x = g["self"]
     n, norms = x.shape[-1], [math.nan] * math.prod(x.shape[:-2])
@@ -151,18 +106,45 @@ def _exponential(g: Arguments) -> Product:
     return Product(sum(products) * n**3, "linalg")
 
 
-_register("linalg_matrix_exp", _exponential)
-
-
-# -- Fourier transforms --------------------------------------------------------------------------------------------
-
-
 def _transforms(x: Tensor, axes: list[int], real: bool) -> Product:
     n = math.prod(x.shape[axis] for axis in axes)
     batch = x.numel() // n if n else 0
     return Product(0, "fft", other_flops=batch * fft_flops(n, real))
 
 
-register_product("aten::_fft_c2c")(lambda g, output: _transforms(g["self"], g["dim"], False))
-register_product("aten::_fft_r2c")(lambda g, output: _transforms(g["self"], g["dim"], True))
-register_product("aten::_fft_c2r")(lambda g, output: _transforms(output, g["dim"], True))
+register_table({
+    "linalg_lu linalg_lu_factor_ex _linalg_det _linalg_slogdet": _of_one("A", lambda g, m, n: FLOPS["lu"](m, n)),
+    "geqrf": _of_one("self", lambda g, m, n: FLOPS["qr"](m, n)),
+    "linalg_inv_ex": _of_one("A", lambda g, m, n: FLOPS["inverse"](n)),
+    "cholesky linalg_cholesky_ex": _of_one("self", lambda g, m, n: FLOPS["cholesky"](n)),
+    "cholesky_inverse": _of_one("self", lambda g, m, n: FLOPS["cholesky_inverse"](n)),
+    "linalg_ldl_factor_ex": _of_one("self", lambda g, m, n: FLOPS["ldl"](n)),
+    "linalg_eigvals _linalg_eigvals": _of_one("self", lambda g, m, n: FLOPS["eigvals"](n)),
+    "linalg_eig": _of_one("self", lambda g, m, n: FLOPS["eigvals" if g.get("values_only") else "eig"](n)),
+    "_linalg_eigh": _of_one(
+        "A", lambda g, m, n: FLOPS["eigh" if g["compute_v"] and not g.get("values_only") else "eigvalsh"](n)
+    ),
+    "_linalg_svd": _of_one(
+        "A", lambda g, m, n: svd_flops(m, n, g["compute_uv"] and not g.get("values_only"), g["full_matrices"])
+    ),
+    "linalg_qr": _of_one(
+        "A", lambda g, m, n: qr_flops(m, n, {"r": 0, "reduced": min(m, n), "complete": m}[g["mode"]])
+    ),
+    "linalg_householder_product": _of_one(
+        "input", lambda g, m, n: FLOPS["householder_product"](m, n, g["tau"].shape[-1])
+    ),
+    "linalg_lstsq": _of_one("self", _least_squares),
+    "linalg_pinv": _of_one("self", _pseudoinverse),
+    "linalg_lu_solve": _of_triangles("LU", "B", 2),
+    "cholesky_solve": _of_triangles("input2", "self", 2),
+    "_cholesky_solve_helper": _of_triangles("A", "self", 2),
+    "linalg_ldl_solve": _of_triangles("LD", "B", 2),
+    "triangular_solve": _of_triangles("A", "self", 1),
+    "linalg_solve_triangular": _of_triangles("self", "B", 1),
+    "_linalg_solve_ex": _solution_by_lu,
+    "ormqr": _reflections,
+    "linalg_matrix_exp": _exponential,
+    "_fft_c2c": lambda g, output: _transforms(g["self"], g["dim"], False),
+    "_fft_r2c": lambda g, output: _transforms(g["self"], g["dim"], True),
+    "_fft_c2r": lambda g, output: _transforms(output, g["dim"], True),
+})  # fmt: skip

@@ -38,14 +38,11 @@ class Product:
     kind
         ``convolution``, ``attention``, ``linalg``, ``fft`` or ``product``. None means ``linear`` if an operand is a
         weight, and ``product`` otherwise.
-    operands
-        Operands of a matrix product. The one that is a weight determines the features.
-    sizes
-        Rows (with the batch), inner size and columns of a matrix product with ``operands``.
-    d_in, d_out
-        Features of a layer, if ``operands`` does not determine them.
-    rows
-        Number of vectors to which a layer is applied.
+    operands, sizes
+        Operands of a matrix product, of which a weight determines the features; its rows (with the batch), inner size
+        and columns.
+    d_in, d_out, rows
+        Features of a layer, if ``operands`` does not determine them, and the number of vectors to which it is applied.
     moved
         Numbers read and written. None means those of all arguments and results.
     other_flops
@@ -190,6 +187,13 @@ def register_product(name: str) -> Callable[[Formula], Formula]:
         return formula
 
     return add
+
+
+def register_table(table: Mapping[str, Formula]) -> None:
+    """Register formulas by the names of their operations, of ``aten`` unless they state another namespace."""
+    for names, formula in table.items():
+        for name in names.split():
+            register_product(name if "::" in name else f"aten::{name}")(formula)
 
 
 def register_no_product(name: str) -> None:

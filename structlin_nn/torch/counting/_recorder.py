@@ -67,6 +67,12 @@ OUTSIDE = "(outside)"  # what runs in no module
 _FREE = {aten.detach, aten._unsafe_view, aten.alias, aten.lift_fresh, aten.empty, aten.empty_like}
 FORWARD, BACKWARD, AGAIN = "forward", "backward", "again"
 
+_ROWS, _COLUMNS = ("crow_indices", "col_indices", "values"), ("ccol_indices", "row_indices", "values")
+_PARTS = {
+    torch.sparse_coo: ("_indices", "_values"), torch.sparse_csr: _ROWS, torch.sparse_bsr: _ROWS,
+    torch.sparse_csc: _COLUMNS, torch.sparse_bsc: _COLUMNS,
+}  # fmt: skip
+
 
 def backward_macs(structure: AbstractStructure, needs_input: bool, needs_factors: Sequence[bool]) -> int:
     """Return the MACs of a layer's backward pass for one vector.
@@ -104,13 +110,7 @@ def inner_tensors(x: Tensor) -> list[Tensor]:
     if is_traceable_wrapper_subclass(subclass):
         names, _ = subclass.__tensor_flatten__()
         return [part for name in names for part in inner_tensors(getattr(subclass, name))]
-    if x.layout == torch.sparse_coo:
-        return [x._indices(), x._values()]
-    if x.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return [x.crow_indices(), x.col_indices(), x.values()]
-    if x.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return [x.ccol_indices(), x.row_indices(), x.values()]
-    return [x]
+    return [getattr(x, part)() for part in _PARTS[x.layout]] if x.layout in _PARTS else [x]
 
 
 def _storage(x: Tensor) -> StorageWeakRef | None:
@@ -459,16 +459,10 @@ class Recorder(TorchDispatchMode):
         if leaves and all(map(self._is_weight, leaves)):
             for x in results:  # a weight that is cast, scaled or normalised stays one
                 self._becomes_weight(x)
-        packet = getattr(func, "overloadpacket", func)
-        if (
-            phase != FORWARD
-            or getattr(func, "is_view", False)
-            or packet in _FREE
-            or getattr(func, "namespace", "") == "prim"
-        ):
-            return
-        self.free[_readable(func)] += 1
-        self.moved += sum(map(_numbers, (*leaves, *results)))
+        view = getattr(func, "is_view", False) or getattr(func, "overloadpacket", func) in _FREE
+        if phase == FORWARD and not view and getattr(func, "namespace", "") != "prim":
+            self.free[_readable(func)] += 1
+            self.moved += sum(map(_numbers, (*leaves, *results)))
 
     # -- what autograd keeps ---------------------------------------------------------------------------------------
 
@@ -543,13 +537,9 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         recorder = self.recorder
         if func in _VALUES_ONLY:
-            recorder.values_only = not (
-                torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(args, kwargs))
-            )
-            try:
+            vectors = torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(args, kwargs))
+            with patch.object(recorder, "values_only", not vectors):
                 return func(*args, **kwargs)
-            finally:
-                recorder.values_only = False
         if func is not torch.nn.functional.scaled_dot_product_attention or recorder.opaque:
             return func(*args, **kwargs)
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -557,14 +547,11 @@ class _Functions(TorchFunctionMode):
         q, k, v = (named[name] for name in names[:3])
         if any(x.is_nested for x in (q, k, v)):
             return func(*args, **kwargs)  # what they are made of is counted
-        before, recorder.attending = recorder.attending, True
-        recorder.opaque += 1
-        recorder._mark()
         try:
-            output = func(*args, **kwargs)
+            with patch.multiple(recorder, attending=True, opaque=recorder.opaque + 1):
+                recorder._mark()
+                output = func(*args, **kwargs)
         finally:
-            recorder.opaque -= 1
-            recorder.attending = before
             recorder._mark()
         recorder.attention(q, k, v, output, bool(named.get("is_causal")), bool(named.get("enable_gqa")))
         if output.requires_grad and torch._C._current_autograd_node() is None:

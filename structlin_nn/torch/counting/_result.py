@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
+from itertools import accumulate
 from typing import Any
 
-from structlin_nn._text import check_integer, table
+from structlin_nn._text import check_integer, occurrences, table
 
 
 @dataclass
@@ -83,18 +84,14 @@ class ModelCount:
     ----------
     calls
         Products by module and kind, in the order of their first call.
-    params
-        Number of parameters; a shared one counts once.
-    trainable_params
-        Number of parameters that require a gradient.
-    embedding_params
-        Number of trainable parameters of nn.Embedding.
+    params, trainable_params, embedding_params
+        Numbers of parameters: all of them (a shared one counts once), those that require a gradient, and those of the
+        latter that belong to nn.Embedding.
     buffer_bytes
         Bytes of buffers.
-    uncounted_ops
-        Number of calls in the forward pass of each operation without products.
-    uncounted_moved
-        Numbers that these operations read and write.
+    uncounted_ops, uncounted_moved
+        Number of calls in the forward pass of each operation without products, and the numbers that these operations
+        read and write.
     saved
         Floating numbers that the forward pass keeps for the backward pass on this device. Each array counts once,
         without parameters and buffers. Attention keeps what fused attention does: queries, keys, values, result, and
@@ -110,14 +107,12 @@ class ModelCount:
         Bytes of ``params``, ``trainable_params`` and ``saved`` in their own dtypes.
     dtype
         Name of the parameters' dtype; None for several dtypes or no parameters.
-    backward_from
-        What the backward pass starts from, as text: the loss, a number of results, or nothing.
-    unreached_params
-        Number of trainable parameters without a gradient.
-    modules
-        Type of each module that was called, by name.
-    seconds
-        Seconds of the forward pass of each module, if :func:`time_modules` timed it.
+    backward_from, unreached_params
+        What the backward pass starts from, as text: the loss, a number of results, or nothing; and the number of
+        trainable parameters without a gradient.
+    modules, seconds
+        Type of each module that was called, by name, and the seconds of its forward pass if :func:`time_modules` timed
+        it.
     """
 
     calls: list[CallCount]
@@ -201,22 +196,20 @@ class ModelCount:
         root = ModuleCount("", self.modules.get("", "(all)"), seconds=self.seconds.get(""))
         nodes = {"": root}
 
-        def node(name: str) -> ModuleCount:
-            if name not in nodes:
-                parent = node(name.rpartition(".")[0])
-                nodes[name] = ModuleCount(name, self.modules.get(name, ""), seconds=self.seconds.get(name))
-                parent.children.append(nodes[name])
-            return nodes[name]
-
-        def cut(name: str) -> str:
-            return name if depth is None else ".".join(name.split(".")[:depth])
+        def path(name: str) -> list[ModuleCount]:
+            """Return the nodes from the root to a module, or to its ancestor at ``depth``."""
+            found, parts = [root], name.split(".")[:depth] if name else []
+            for inside in accumulate(parts, "{}.{}".format):
+                if inside not in nodes:
+                    nodes[inside] = ModuleCount(inside, self.modules.get(inside, ""), seconds=self.seconds.get(inside))
+                    found[-1].children.append(nodes[inside])
+                found.append(nodes[inside])
+            return found
 
         for name in self.modules:
-            node(cut(name))
+            path(name)
         for call in self.calls:
-            name = cut(call.name)
-            for above in {"", *(name[:at] for at in range(1, len(name) + 1) if at == len(name) or name[at] == ".")}:
-                found = node(above)
+            for found in path(call.name):
                 found.macs += call.macs
                 found.backward_macs += call.backward_macs
                 found.other_flops += call.other_flops
@@ -233,11 +226,9 @@ class ModelCount:
         for level, m in self.tree(depth).walk():
             cells = ["  " * level + (m.name.rpartition(".")[2] or "(model)"), m.module, f"{m.params:,}"]
             cells += [f"{m.macs:,}", f"{100 * m.share:.1f} %", f"{m.macs + m.backward_macs:,}"]
-            if self.seconds:
-                rate = m.flops_per_second
-                cells.append("" if m.seconds is None else f"{1e3 * m.seconds:.3f}")
-                cells.append("" if rate is None else f"{rate / 1e9:.3g}")
-            rows.append(cells)
+            cells.append("" if m.seconds is None else f"{1e3 * m.seconds:.3f}")
+            cells.append("" if m.flops_per_second is None else f"{m.flops_per_second / 1e9:.3g}")
+            rows.append(cells[: len(head)])
         return table(head, rows, left=2, rule=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -264,26 +255,25 @@ class ModelCount:
             numbers = (c.in_features, c.out_features, c.params, c.calls, c.macs, c.training_macs)
             rows.append([c.name or "(model)", c.kind, c.module, *("" if n is None else f"{n:,}" for n in numbers)])
         missing = format_unknown(self.unknown_ops)
-        kinds = {c.kind: self.macs(c.kind) for c in self.calls}
         lines = [*([missing] if missing else []), table(head, rows, left=3, rule=False), ""]
-        lines += [f"{'parameters':<24}{self.params:>20,}", f"{'  trainable':<24}{self.trainable_params:>20,}"]
-        lines += [f"{'  embeddings':<24}{self.embedding_params:>20,}"]
         note = f"  without {missing}" if missing else ""
-        lines += [f"{'forward MACs':<24}{self.macs():>20,}{note}"]
-        lines += [f"{'  ' + kind:<24}{macs:>20,}" for kind, macs in kinds.items() if kind != "fft"]
         reached = f", {self.unreached_params:,} parameters without a gradient" if self.unreached_params else ""
-        lines += [f"{'training MACs':<24}{self.training_macs:>20,}  backward from {self.backward_from}{reached}{note}"]
+        kinds = dict.fromkeys(c.kind for c in self.calls if c.kind != "fft")
+        totals = [
+            ("parameters", self.params, ""), ("  trainable", self.trainable_params, ""),
+            ("  embeddings", self.embedding_params, ""), ("forward MACs", self.macs(), note),
+            *((f"  {kind}", self.macs(kind), "") for kind in kinds),
+            ("training MACs", self.training_macs, f"  backward from {self.backward_from}{reached}{note}"),
+        ]  # fmt: skip
         if self.recomputed_macs:
-            lines += [f"{'  computed again':<24}{self.recomputed_macs:>20,}"]
+            totals.append(("  computed again", self.recomputed_macs, ""))
         if self.other_flops:
-            lines += [f"{'other FLOPs, forward':<24}{self.other_flops:>20,}"]
-            lines += [f"{'other FLOPs, training':<24}{self.training_other_flops:>20,}"]
-        free = ", ".join(f"{name} x{number}" for name, number in self.uncounted_ops.items())
-        return "\n".join([*lines, f"not counted (no products): {free or 'none'}"])
+            totals.append(("other FLOPs, forward", self.other_flops, ""))
+            totals.append(("other FLOPs, training", self.training_other_flops, ""))
+        lines += [f"{label:<24}{number:>20,}{more}" for label, number, more in totals]
+        return "\n".join([*lines, f"not counted (no products): {occurrences(self.uncounted_ops) or 'none'}"])
 
 
 def format_unknown(unknown: dict[str, int]) -> str:
     """Return a text that names the operations missing from a total; empty if there are none."""
-    if not unknown:
-        return ""
-    return "UNKNOWN operations: " + ", ".join(f"{name} x{number}" for name, number in unknown.items())
+    return f"UNKNOWN operations: {occurrences(unknown)}" if unknown else ""

@@ -6,7 +6,7 @@ import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from structlin._arrays import dtype_name
-from structlin_nn._text import check_integer
+from structlin_nn._text import check_integer, occurrences
 from structlin_nn.torch.counting._lists import UnknownOperationError
 from structlin_nn.torch.counting._recorder import OUTSIDE, Recorder
 from structlin_nn.torch.counting._result import ModelCount
@@ -78,41 +78,36 @@ def count(
     ([('0', 120), ('2', 90)], 210, 510, {'aten.relu': 1})
     """
     _check(model)
-    options = {"causal": causal_discount, "flash": flash_backward}
+
+    def run(saving: bool) -> ModelCount:
+        recorder = Recorder({"": model}, causal=causal_discount, flash=flash_backward)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        started, unreached = "nothing", 0
+        with torch.inference_mode(False), torch.enable_grad(), _untouched(model):
+            own, named = tree_map(_leaf, (inputs, kwargs))
+            with recorder.recording():
+                with recorder.saving() if saving else nullcontext():
+                    output = model(*own, **named)
+                if loss is not None:
+                    output = loss(output)
+                    if not isinstance(output, Tensor) or (backward and not output.requires_grad):
+                        raise ValueError(f"loss must return a tensor with a gradient, got {_described(output)}")
+                if backward:
+                    started = _run_backward(output, None if loss is None else "the loss")
+            if started != "nothing":
+                unreached = _numbers(p for p in trainable if p.grad is None)
+        found = _collected(recorder, {"": model})
+        found.backward_from, found.unreached_params, found.saved_known = started, unreached, saving
+        return found
+
     try:
-        found = _counted(model, inputs, kwargs, loss, backward, True, options)
+        found = run(saving=True)
     except RuntimeError as error:
         if "saved tensor hooks" not in str(error):  # gradients of torch.func do not support these hooks
             raise
-        found = _counted(model, inputs, kwargs, loss, backward, False, options)
+        found = run(saving=False)
     if strict:
         _refuse_unknown(found)
-    return found
-
-
-def _counted(
-    model: nn.Module, inputs: tuple, kwargs: dict, loss: Callable[[Any], Tensor] | None, backward: bool, saving: bool,
-    options: Mapping[str, bool],
-) -> ModelCount:  # fmt: skip
-    recorder = Recorder({"": model}, **options)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    started = "nothing"
-    with ExitStack() as stack:
-        for context in (torch.inference_mode(False), torch.enable_grad(), _untouched(model)):
-            stack.enter_context(context)
-        inputs, kwargs = tree_map(_leaf, (inputs, kwargs))
-        with recorder.recording():
-            with recorder.saving() if saving else nullcontext():
-                output = model(*inputs, **kwargs)
-            if loss is not None:
-                output = loss(output)
-                if not isinstance(output, Tensor) or (backward and not output.requires_grad):
-                    raise ValueError(f"loss must return a tensor with a gradient, got {_described(output)}")
-            if backward:
-                started = _run_backward(output, None if loss is None else "the loss")
-        unreached = 0 if started == "nothing" else sum(p.numel() for p in trainable if p.grad is None)
-    found = _collected(recorder, {"": model})
-    found.backward_from, found.unreached_params, found.saved_known = started, unreached, saving
     return found
 
 
@@ -172,21 +167,21 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     values = {id(b): (b, b.detach().clone()) for _, known in buffers for b in known.values() if b is not None}
     parameters = [(p, p.grad) for p in model.parameters()]
     # An optimiser may step in a hook.
-    hooks = [known for p, _ in parameters if (known := getattr(p, "_post_accumulate_grad_hooks", None))]
-    kept = [dict(known) for known in hooks]
+    held = (getattr(p, "_post_accumulate_grad_hooks", None) for p, _ in parameters)
+    hooks = [(known, dict(known)) for known in held if known]
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # the state that others use
     devices = {x.device for x in (*model.parameters(), *model.buffers()) if x.device.type == "cuda"}
     with torch.random.fork_rng([d.index for d in devices]):
         for p, _ in parameters:
             p.grad = None
-        for known in hooks:
+        for known, _ in hooks:
             known.clear()
         try:
             yield
         finally:
             for p, grad in parameters:
                 p.grad = grad
-            for known, entries in zip(hooks, kept, strict=True):
+            for known, entries in hooks:
                 known.update(entries)
             for module, names in buffers:
                 module._buffers.clear()
@@ -252,10 +247,9 @@ class Counting:
 
 def _refuse_unknown(found: ModelCount) -> None:
     if found.unknown_ops:
-        names = ", ".join(f"{name} x{number}" for name, number in found.unknown_ops.items())
         raise UnknownOperationError(
-            f"the cost of these operations is unknown: {names}; register them with register_product or "
-            "register_no_product"
+            f"the cost of these operations is unknown: {occurrences(found.unknown_ops)}; register them with "
+            "register_product or register_no_product"
         )
 
 
@@ -268,14 +262,12 @@ def _collected(recorder: Recorder, models: Mapping[str, nn.Module]) -> ModelCoun
     dtypes = {dtype_name(p.dtype) for p in parameters}
     saved, floating, rest = recorder.saved_sizes()
     calls = list(recorder.calls.values())
-    types = dict(recorder.types)
-    if any(call.name == OUTSIDE for call in calls):
-        types[OUTSIDE] = ""
+    outside = {OUTSIDE: ""} if any(call.name == OUTSIDE for call in calls) else {}
     return ModelCount(
         calls=calls,
-        params=sum(p.numel() for p in parameters),
-        trainable_params=sum(p.numel() for p in trainable),
-        embedding_params=sum(p.numel() for p in embeddings if p.requires_grad),
+        params=_numbers(parameters),
+        trainable_params=_numbers(trainable),
+        embedding_params=_numbers(p for p in embeddings if p.requires_grad),
         buffer_bytes=_bytes(buffers),
         uncounted_ops=dict(sorted(recorder.free.items())),
         uncounted_moved=recorder.moved,
@@ -286,11 +278,15 @@ def _collected(recorder: Recorder, models: Mapping[str, nn.Module]) -> ModelCoun
         trainable_bytes=_bytes(trainable),
         saved_float_bytes=floating,
         dtype=dtypes.pop() if len(dtypes) == 1 else None,
-        modules=types,
+        modules={**recorder.types, **outside},
     )
 
 
-def _bytes(tensors: Any) -> int:
+def _numbers(tensors: Iterable[Tensor]) -> int:
+    return sum(x.numel() for x in tensors)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
@@ -329,8 +325,7 @@ def time_modules(model: nn.Module, *inputs: Any, repeats: int = 5, grad: bool = 
         raise ValueError("a model on the meta device computes nothing, so it cannot be timed; move it to a device")
     names = {module: name for name, module in model.named_modules()}
     cuda = any(p.is_cuda for p in model.parameters())
-    seconds: dict[str, list[float]] = defaultdict(list)
-    spent: dict[str, float] = defaultdict(float)
+    runs: list[dict[str, float]] = []  # seconds of the modules in each call of the model
     started: list[tuple[nn.Module, float]] = []
 
     def now() -> float:
@@ -347,19 +342,16 @@ def time_modules(model: nn.Module, *inputs: Any, repeats: int = 5, grad: bool = 
             inside, start = started.pop()
             if inside is module:
                 if module in names:
-                    spent[names[module]] += end - start
+                    runs[-1][names[module]] += end - start
                 return
 
-    with ExitStack() as stack:
-        stack.enter_context(_untouched(model))
-        stack.enter_context(torch.set_grad_enabled(grad))
+    with ExitStack() as stack, _untouched(model), torch.set_grad_enabled(grad):
         model(*inputs, **kwargs)
         stack.callback(register_module_forward_pre_hook(enter).remove)
         stack.callback(register_module_forward_hook(leave).remove)
         for _ in range(repeats):
-            spent.clear()
+            runs.append(defaultdict(float))
             model(*inputs, **kwargs)
-            for name, value in spent.items():
-                seconds[name].append(value)
-    found.seconds = {name: statistics.median(values) for name, values in seconds.items()}
+    called = dict.fromkeys(name for spent in runs for name in spent)
+    found.seconds = {name: statistics.median(spent[name] for spent in runs if name in spent) for name in called}
     return found

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -32,30 +35,15 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, to
 Operands = list[Tensor | None]
 
 
-def btt(d_in: int, d_out: int) -> Structure:
-    return design("block_tensor_train", d_in, d_out, rank=2)
-
-
-def monarch(d_in: int, d_out: int) -> Structure:
-    return design("monarch", d_in, d_out, blocks=4)
-
-
-def low_rank(d_in: int, d_out: int) -> Structure:
-    return design("low_rank", d_in, d_out, rank=5)
-
-
-def kronecker(d_in: int, d_out: int) -> Structure:
-    return design("kronecker", d_in, d_out)
-
-
-def tensor_train(d_in: int, d_out: int) -> Structure:
-    return design("tensor_train", d_in, d_out, cores=3, rank=3)
-
-
 def design(name: str, d_in: int, d_out: int, **options: int) -> Structure:
     found = structlin.design(name, (d_out, d_in), **options)
     assert isinstance(found, Structure)
     return found
+
+
+btt = partial(design, "block_tensor_train", rank=2)
+monarch, kronecker = partial(design, "monarch", blocks=4), partial(design, "kronecker")
+low_rank, tensor_train = partial(design, "low_rank", rank=5), partial(design, "tensor_train", cores=3, rank=3)
 
 
 def block_of(first: list[Structure], second: Structure | None, **settings: Any) -> TorchBlock:
@@ -130,7 +118,7 @@ MLPS = [
 
 @pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("case", MLPS, ids=lambda case: f"{case[0].__name__}-{case[3]}-{case[5]}-{case[6]}")
+@pytest.mark.parametrize("case", MLPS, ids=lambda case: f"{case[0].args[0]}-{case[3]}-{case[5]}-{case[6]}")
 @pytest.mark.parametrize("kind", ["0", "0kept"])
 @pytest.mark.parametrize("half", [False, True], ids=["whole", "half"])
 def test_mlp(case: Any, dtype: torch.dtype, half: bool, kind: str) -> None:
@@ -251,8 +239,7 @@ def test_a_graph_that_is_kept_gives_the_same_gradients_again() -> None:
     y = call(block, x, operands)[0]
     wanted = [t for t in (x, *operands) if t is not None]
     first = torch.autograd.grad(y.sum(), wanted, retain_graph=True)
-    for a, b in zip(first, torch.autograd.grad(y.sum(), wanted), strict=True):
-        assert torch.equal(a, b)
+    torch.testing.assert_close(first, torch.autograd.grad(y.sum(), wanted), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("change", [lambda t: t.double(), lambda t: t[:, ::2], lambda t: t.mT.contiguous().mT])
@@ -271,8 +258,7 @@ def test_stored_activations_that_hooks_change_are_computed_again(change: Any) ->
         y = call(block, x, operands)[0]
     wanted = [t for t in (x, *operands) if t is not None]
     expected = torch.autograd.grad(block.layers(x, operands, by_products)[0].sum(), wanted)
-    for found, want in zip(torch.autograd.grad(y.sum(), wanted), expected, strict=True):
-        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), wanted), expected, rtol=1e-4, atol=1e-5)
 
 
 def call(block: TorchBlock, x: Tensor, operands: Operands) -> tuple[Tensor, ...]:
@@ -377,6 +363,16 @@ def cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     choice.forget_measured()
 
 
+@contextmanager
+def pinned(problem: BlockProblem, way: str) -> Iterator[None]:
+    choice.pin({problem.key: way})
+    try:
+        yield
+    finally:
+        choice._pinned.clear()
+        choice.forget()
+
+
 @pytest.mark.parametrize("way", ["compiled", "compiled-48", "compiled-near", "compiled-tiles", "compiled-tiles-64"])
 def test_the_estimate_keeps_the_instructions_of_the_layers(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """A block runs by tiles if its layers do, in blocks of whatever number of tokens."""
@@ -465,19 +461,11 @@ def test_the_choice_follows_timings_and_pins() -> None:
     wisdom.write(problem.key, {"separate": 1.0, "block-0": 0.9, "block-16": 0.3})
     choice.forget()
     assert block.kind(x.dtype, len(x), False) == "16"
-    choice.pin({problem.key: "block-0"})
-    try:
+    with pinned(problem, "block-0"):
         assert block.kind(x.dtype, len(x), False) == "0"
         assert choice.decisions([block.first[0]])[problem.key] == "block-0"
-    finally:
-        choice._pinned.clear()
-        choice.forget()
-    choice.pin({problem.key: "block-tiles"})  # of bfloat16 alone
-    try:
+    with pinned(problem, "block-tiles"):  # of bfloat16 alone
         assert block(x, operands) is None
-    finally:
-        choice._pinned.clear()
-        choice.forget()
 
 
 @pytest.mark.usefixtures("cache")
@@ -492,14 +480,9 @@ def test_choices_without_stored_activations() -> None:
         assert choice.settle(problem) == "block-0kept"
     with execution.using("measure,-kept"):
         assert choice.settle(problem) == "block-0"
-    choice.pin({problem.key: "block-0kept"})
-    try:
-        with execution.using("measure,-kept"):
-            assert choice.settle(problem) == "block-0"
-            assert choice.decisions()[problem.key] == "block-0"
-    finally:
-        choice._pinned.clear()
-        choice.forget()
+    with pinned(problem, "block-0kept"), execution.using("measure,-kept"):
+        assert choice.settle(problem) == "block-0"
+        assert choice.decisions()[problem.key] == "block-0"
     wisdom.write(problem.key, times | {"separate": 0.5})
     choice.forget()
     with execution.using("measure,-kept"):
@@ -513,16 +496,12 @@ def test_choices_without_stored_activations() -> None:
     with execution.using("measure"):
         choice.settle(problem)
     assert {"block-0kept", "block-halfkept"} <= set(choice.timings_of(problem.key))
-    choice.pin({problem.key: "block-halfkept"})
-    try:
+    with pinned(problem, "block-halfkept"):
         with execution.using("measure,-kept"):
             assert choice.settle(problem) == "separate"  # a half that stores nothing is not for training
             assert block.kind(torch.float32, 64, True) is None
         with execution.using("measure"):
             assert block.kind(torch.float32, 64, True) == "halfkept"
-    finally:
-        choice._pinned.clear()
-        choice.forget()
     assert "half" in BlockProblem(block, "float32", 64, 1, False).kinds()
 
 
@@ -555,12 +534,7 @@ def test_measuring_times_all_answers() -> None:
 
 # -- activations -------------------------------------------------------------------------------------------------------
 
-FUNCTIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-}
+FUNCTIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu, "silu": F.silu}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

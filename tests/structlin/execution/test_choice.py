@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.children import output
 from torch.utils.checkpoint import checkpoint
 
 import structlin as sl
@@ -18,19 +17,7 @@ from structlin.execution import choice, tuning, wisdom
 from structlin.execution.choice import Problem, Way
 
 STRUCTURE = sl.design("block_tensor_train", (48, 40), rank=2)
-
-
-@pytest.fixture(autouse=True)
-def _own_wisdom(tmp_path, monkeypatch):
-    """No test reads or writes what another one measured."""
-    monkeypatch.setenv("STRUCTLIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("STRUCTLIN_EXECUTION", raising=False)
-    monkeypatch.setattr(wisdom, "_MEMORY", {})
-    monkeypatch.setattr(choice, "_pinned", {})
-    monkeypatch.setattr(choice, "_made", {})
-    choice.forget()
-    yield
-    choice.forget()
+pytestmark = pytest.mark.usefixtures("own_wisdom")
 
 
 def problem(tokens: int = 64, train: bool = False, dtype: str = "float32", structure=STRUCTURE) -> Problem:
@@ -337,8 +324,7 @@ class TestWisdom:
         asked = problem()
         wisdom.write(asked.key, {"dense": 1.0, "products": 2.0})
         code = f"from structlin.execution import wisdom; print(wisdom.read({asked.key!r}))"
-        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert found.stdout.strip() == str({"dense": 1.0, "products": 2.0})
+        assert output("-c", code).strip() == str({"dense": 1.0, "products": 2.0})
 
     def test_damage_is_seen(self) -> None:
         wisdom.write("a key", {"dense": 1.0})

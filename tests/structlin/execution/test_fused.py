@@ -1,12 +1,10 @@
 """Kernels in Triton: in the interpreter against float64, and compiled for devices that are not here."""
 
-import importlib.util
+import importlib
 import math
 import multiprocessing
 import os
 import random
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.children import output
 from torch import Tensor
 
 import structlin
@@ -138,13 +137,8 @@ def test_in_the_interpreter() -> None:
     """Runs the class below in a process of its own: Triton decides when it is imported whether it interprets."""
     if not fused.has_triton():
         pytest.skip(WITHOUT)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "TestInterpreter", __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
-        cwd=Path(__file__).parents[3],
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert " passed" in done.stdout
+    command = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "TestInterpreter", __file__)
+    assert " passed" in output(*command, cwd=Path(__file__).parents[3], TRITON_INTERPRET="1")
 
 
 def operands(structure: Any, tokens: int, dtype: torch.dtype) -> list[Tensor]:
@@ -310,15 +304,7 @@ class TestInterpreter:
 def kernels() -> Any:
     if not fused.has_triton():
         pytest.skip(WITHOUT)
-    path = Path(__file__).parents[3] / "docs" / "gpu_kernels.py"
-    spec = importlib.util.spec_from_file_location("gpu_kernels", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_kernels"] = module
-    spec.loader.exec_module(module)
-    yield module
-    sys.modules.pop("gpu_kernels")
+    return importlib.import_module("gpu_kernels")
 
 
 @pytest.mark.slow

@@ -1,58 +1,25 @@
 """Chains in jax called in other ways: dtypes, donated inputs, exported programs, meshes and several devices."""
 
-import os
 import re
-import subprocess
-import sys
 import textwrap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.children import output
+from helpers.jax_chains import calls, close, exactly, gradients, inputs, portable, run
 
 import structlin as sl
-from structlin.execution import jax_ways
 from structlin.execution.compiled import _target, _xla_runtime
 from structlin.execution.products import products
 
 COMPILED = _target.host() is not None and _xla_runtime.unsupported() is None
-STRUCTURE = sl.design("monarch", (64, 64), blocks=4)
 
 
 @pytest.fixture(autouse=True)
 def by_passes(monkeypatch):
     monkeypatch.setenv("STRUCTLIN_EXECUTION", "compiled")
-
-
-def inputs(tokens=300, dtype="float32"):
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((tokens, 64)), dtype)
-    return x, list(sl.random_factors(STRUCTURE, seed=2, backend="jax", dtype=dtype))
-
-
-def run(x, factors):
-    return jax_ways.run(STRUCTURE, factors, x)
-
-
-def portable(x, factors):
-    return products(STRUCTURE, factors, x, sl._arrays.ops("jax"))
-
-
-def exactly(function, *operands):
-    """What an oracle gives. It is compiled as one, for XLA takes longer for one operation after the other."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})(*operands)
-
-
-def gradients(function):
-    return jax.grad(lambda *operands: jnp.sin(function(*operands)).sum(), (0, 1))
-
-
-def calls(function, *operands):
-    return jax.jit(function).lower(*operands).as_text().count("call @structlin_")
-
-
-def close(found, wanted, tolerance=1e-4):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), found, wanted)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
@@ -163,13 +130,8 @@ DEVICES = """
 
 def test_two_devices():
     """A program for each, and programs for both."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    command = [sys.executable, "-c", textwrap.dedent(DEVICES)]
-    found = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, env={**os.environ, **flags}
-    )
-    assert found.returncode == 0, found.stderr[-3000:]
-    assert found.stdout == "same\n"
+    flags = "--xla_force_host_platform_device_count=2"
+    assert output("-c", textwrap.dedent(DEVICES), XLA_FLAGS=flags) == "same\n"
 
 
 @pytest.mark.parametrize(

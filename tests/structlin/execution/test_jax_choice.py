@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 from dataclasses import replace
 
@@ -11,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.children import output
 
 import structlin as sl
 from structlin import execution
@@ -26,18 +25,10 @@ NAMES = [way.name for way in choice.ways("jax")]
 
 
 @pytest.fixture(autouse=True)
-def _own_wisdom(tmp_path, monkeypatch):
-    """No test reads or writes what another one measured, and estimates are of an invented machine."""
-    monkeypatch.setenv("STRUCTLIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("STRUCTLIN_EXECUTION", raising=False)
-    monkeypatch.setattr(wisdom, "_MEMORY", {})
-    monkeypatch.setattr(choice, "_pinned", {})
-    monkeypatch.setattr(choice, "_made", {})
+def _invented_machine(own_wisdom, monkeypatch):
+    """Estimates are of an invented machine."""
     monkeypatch.setattr(models, "rates", lambda *_: INVENTED)
     monkeypatch.setattr(jax_ways, "_calibrated", lambda *_: {})
-    choice.forget()
-    yield
-    choice.forget()
 
 
 @pytest.fixture
@@ -309,7 +300,4 @@ WITHOUT_TORCH = """
 
 
 def test_without_torch() -> None:
-    command = [sys.executable, "-c", textwrap.dedent(WITHOUT_TORCH)]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr[-3000:]
-    assert found.stdout.split()[-1] == "products"
+    assert output("-c", textwrap.dedent(WITHOUT_TORCH)).split()[-1] == "products"

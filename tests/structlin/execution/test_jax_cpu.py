@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.designs import CASES
+from helpers.jax_chains import calls, exactly
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
@@ -19,16 +21,6 @@ from structlin.execution.compiled._limits import limits
 from structlin.execution.products import products
 from structlin.testing import dense_matrix, random_chain
 
-CASES = {
-    "low_rank": ((35, 22), {"rank": 3}),
-    "butterfly": ((16, 16), {}),
-    "kronecker": ((35, 6), {}),
-    "tensor_train": ((30, 24), {"cores": 3, "rank": 2}),
-    "block_tensor_train": ((35, 6), {"rank": 2}),
-    "monarch": ((11, 7), {"blocks": 2}),
-    "blast": ((15, 6), {"blocks": 3, "rank": 2}),
-    "block_diagonal": ((15, 6), {"blocks": 3}),
-}
 HOST = _target.host()
 pytestmark = [
     pytest.mark.filterwarnings("error:.*runs instead:RuntimeWarning"),
@@ -79,11 +71,6 @@ def make(name, dtype="float64", tokens=101):
     return structure, list(factors), x
 
 
-def calls(function, *inputs):
-    """How many custom calls of ours a function is compiled to."""
-    return jax.jit(function).lower(*inputs).as_text().count("call @structlin_")
-
-
 def portable(structure, rows=True):
     return lambda x, *factors: products(structure, factors, x, sl._arrays.ops("jax"), rows)
 
@@ -102,11 +89,6 @@ def weigh(function, weights):
 
 def weights_of(structure, tokens=101):
     return np.random.default_rng(3).standard_normal((tokens, structure.d_out))
-
-
-def exactly(function, *inputs):
-    """What an oracle gives. It is compiled as one, for XLA takes longer for one operation after the other."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})(*inputs)
 
 
 @cache

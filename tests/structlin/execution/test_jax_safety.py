@@ -1,32 +1,28 @@
 """Chains in jax where something is not as usual: executables of other processes, wrong calls, failures, many sizes."""
 
-import json
 import os
 import pickle
-import subprocess
-import sys
 import textwrap
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.children import assert_ran, isolated, output
+from helpers.jax_chains import STRUCTURE, calls, close, exactly, gradients, inputs, portable, run
 from jax.experimental import serialize_executable
 
 import structlin as sl
 from structlin.execution import jax_cpu, jax_ways
 from structlin.execution.compiled import _arrange, _plans, _program, _rules, _target, _writer, _xla_runtime, xla
-from structlin.execution.products import products
 
 HOST = _target.host()
 needs_passes = pytest.mark.skipif(
     HOST is None or _xla_runtime.unsupported() is not None, reason="nothing is compiled here"
 )
-STRUCTURE = sl.design("monarch", (64, 64), blocks=4)
 OTHER_FEATURES = HOST is not None and HOST.width == 64
 
 
@@ -48,44 +44,6 @@ def fresh():
     jax.clear_caches()
 
 
-def inputs(tokens=300, dtype="float32", structure=STRUCTURE):
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((tokens, structure.d_in)), dtype)
-    return x, list(sl.random_factors(structure, seed=2, backend="jax", dtype=dtype))
-
-
-def run(x, factors):
-    return jax_ways.run(STRUCTURE, factors, x)
-
-
-def portable(x, factors):
-    return products(STRUCTURE, factors, x, sl._arrays.ops("jax"))
-
-
-def exactly(function, *operands):
-    """What an oracle gives. It is compiled as one, for XLA takes longer for one operation after the other."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})(*operands)
-
-
-def gradients(function):
-    return jax.grad(lambda *operands: jnp.sin(function(*operands)).sum(), (0, 1))
-
-
-def calls(function, *operands):
-    return jax.jit(function).lower(*operands).as_text().count("call @structlin_")
-
-
-def close(found, wanted, tolerance=1e-4):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), found, wanted)
-
-
-def process(script, *arguments, stdin=None):
-    """What another process writes. It fails if the process does, also when it ends."""
-    command = [sys.executable, *(["-c", textwrap.dedent(script)] if stdin is None else script), *arguments]
-    found = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, timeout=300)
-    assert found.returncode == 0, found.stderr[-3000:]
-    return found.stdout
-
-
 @pytest.fixture(scope="module")
 def others(saved, tmp_path_factory):
     """The lines that scripts in processes of their own write. These are forked before jax has any device."""
@@ -99,15 +57,14 @@ def others(saved, tmp_path_factory):
         **{name: CACHED.format(folder=cache, how=how) for name, how in cached.items()},
     }
     scripts = {name: start + textwrap.dedent(script) for name, script in scripts.items()}
-    found = json.loads(process(["-P", str(Path(__file__).parents[2] / "isolated.py")], stdin=json.dumps(scripts)))
+    found = isolated(scripts)
     assert os.listdir(cache)
     return found
 
 
 def written(others, name):
-    status, output = others[name]
-    assert status == 0, output[-3000:]
-    return output.splitlines()
+    assert_ran(others[name])
+    return others[name][1].splitlines()
 
 
 # -- executables of other processes ------------------------------------------------------------------------------------
@@ -518,8 +475,8 @@ SIZES = """
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="the system does not say how much memory is used")
 def test_two_hundred_sizes_take_no_more_than_the_executables():
     """One target for all, a small table for each, which goes with its executable."""
-    grown, states, largest, targets, left = map(int, process(SIZES, "passes").split())
-    usual, *_ = map(int, process(SIZES, "products").split())
+    grown, states, largest, targets, left = map(int, output("-c", textwrap.dedent(SIZES), "passes").split())
+    usual, *_ = map(int, output("-c", textwrap.dedent(SIZES), "products").split())
     assert grown < 1.2 * usual + (8 << 20)
     assert (states, targets, left) == (220, 1, 1)
     assert largest < 4096
@@ -572,4 +529,4 @@ def test_the_end_of_a_process_with_runs_in_flight():
     jax.found = [run(x + k) for k in range(4)]
     """
     )
-    process(script)
+    output("-c", textwrap.dedent(script))

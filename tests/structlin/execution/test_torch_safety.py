@@ -1,14 +1,10 @@
 """What is known of operands before their memory is read by address, and that nothing is read that does not fit."""
 
-import json
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.children import assert_ran, isolated
 
 import structlin as sl
 from structlin import execution
@@ -20,7 +16,6 @@ from structlin.execution.torch_cpu import CPUChain, SingleProducts
 from structlin.execution.torch_ways import torch_chain
 from structlin.testing import random_chain
 
-ISOLATED = Path(__file__).parents[2] / "isolated.py"
 TORCH = sl._arrays.ops("torch")
 BTT = sl.Structure.parse("pa,pfra->frp; frp,ferp->fe", p=4, a=4, f=4, r=1, e=4)
 
@@ -392,19 +387,9 @@ for run in (lambda x: structure.apply(factors, x), lambda x: chain(chain.chunked
 @cache
 def results():
     scripts = {name: START + script for name, script in SCRIPTS.items()}
-    done = subprocess.run(
-        [sys.executable, "-P", str(ISOLATED)],
-        input=json.dumps(scripts),
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "STRUCTLIN_EXECUTION": "compiled,chunked"},  # the ways that take addresses
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return isolated(scripts, STRUCTLIN_EXECUTION="compiled,chunked")  # the ways that take addresses
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_nothing_crashes(name):
-    status, output = results()[name]
-    assert status == 0, f"{'killed by signal' if status < 0 else 'status'} {abs(status)}\n{output}"
+    assert_ran(results()[name])

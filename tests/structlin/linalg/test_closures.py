@@ -7,21 +7,28 @@ import numpy as np
 import pytest
 import torch
 from cola.ops import Product, ScalarMul, Sum
+from helpers import operators
 from jax.test_util import check_grads
 
 import structlin
 from structlin import linalg
 from structlin.testing import to_numpy
 
-PLAIN = {"backend": "torch", "dtype": "float64"}
-
 
 def random(name, shape, seed=0, **options):
-    return structlin.structure_class(name).random(shape, seed=seed, **PLAIN, **options)
+    return operators.random(name, shape, seed, "torch", **options)
+
+
+def two(name, shape, **options):
+    return random(name, shape, **options), random(name, shape, 1, **options)
 
 
 def kronecker(out, into, seed=0):
     return random("kronecker", (int(np.prod(out)), int(np.prod(into))), seed, cores=len(out), factorization=(out, into))
+
+
+def ones(*shape):
+    return cola.ops.Dense(torch.ones(*shape, dtype=torch.float64))
 
 
 # name: (A, B, class of A @ B)
@@ -34,15 +41,11 @@ PRODUCTS = {
         random("block_diagonal", (12, 9), blocks=3),
         structlin.BlockDiagonal,
     ),
-    "permutation": (random("permutation", (7, 7)), random("permutation", (7, 7), 1), structlin.Permutation),
-    "diagonal": (random("diagonal", (7, 7)), random("diagonal", (7, 7), 1), structlin.Diagonal),
-    "circulant": (random("circulant", (7, 7)), random("circulant", (7, 7), 1), structlin.Circulant),
+    "permutation": (*two("permutation", (7, 7)), structlin.Permutation),
+    "diagonal": (*two("diagonal", (7, 7)), structlin.Diagonal),
+    "circulant": (*two("circulant", (7, 7)), structlin.Circulant),
     "low rank, any": (random("low_rank", (9, 7), rank=2), random("toeplitz", (7, 11)), structlin.StructuredOperator),
-    "low rank, dense": (
-        random("low_rank", (9, 7), rank=2),
-        cola.ops.Dense(torch.ones(7, 5, dtype=torch.float64)),
-        structlin.LowRank,
-    ),
+    "low rank, dense": (random("low_rank", (9, 7), rank=2), ones(7, 5), structlin.LowRank),
     "low rank, block tensor train": (
         random("low_rank", (9, 35), rank=1),
         random("block_tensor_train", (35, 6), rank=2),
@@ -60,7 +63,7 @@ PRODUCTS = {
     ),
     "low rank, product": (
         random("low_rank", (9, 7), rank=2),
-        random("toeplitz", (7, 8)) @ cola.ops.Dense(torch.ones(8, 6, dtype=torch.float64)),
+        random("toeplitz", (7, 8)) @ ones(8, 6),
         structlin.StructuredOperator,
     ),
     "diagonal, dense": (random("diagonal", (5, 5)), random("dense", (5, 3)), structlin.Dense),
@@ -117,17 +120,14 @@ def test_the_identity_goes_away(side):
     assert (eye @ A if side == "left" else A @ eye) is A
 
 
+EYE = cola.ops.I_like(random("circulant", (7, 7)))
 # name: (A, B, class of A + B)
 SUMS = {
-    "diagonal": (random("diagonal", (7, 7)), random("diagonal", (7, 7), 1), structlin.Diagonal),
-    "circulant": (random("circulant", (7, 7)), random("circulant", (7, 7), 1), structlin.Circulant),
-    "toeplitz": (random("toeplitz", (5, 7)), random("toeplitz", (5, 7), 1), structlin.Toeplitz),
-    "dense": (random("dense", (5, 7)), random("dense", (5, 7), 1), structlin.Dense),
-    "block diagonal": (
-        random("block_diagonal", (6, 9), blocks=3),
-        random("block_diagonal", (6, 9), 1, blocks=3),
-        structlin.BlockDiagonal,
-    ),
+    "diagonal": (*two("diagonal", (7, 7)), structlin.Diagonal),
+    "circulant": (*two("circulant", (7, 7)), structlin.Circulant),
+    "toeplitz": (*two("toeplitz", (5, 7)), structlin.Toeplitz),
+    "dense": (*two("dense", (5, 7)), structlin.Dense),
+    "block diagonal": (*two("block_diagonal", (6, 9), blocks=3), structlin.BlockDiagonal),
     "low rank": (random("low_rank", (7, 8), rank=2), random("low_rank", (7, 8), 1, rank=3), structlin.LowRank),
     "tensor train": (
         random("tensor_train", (15, 8), rank=2),
@@ -139,32 +139,16 @@ SUMS = {
         random("tensor_train", (8, 15), 1, rank=3),
         structlin.TensorTrain,
     ),
-    "circulant + scalar": (
-        random("circulant", (7, 7)),
-        3.0 * cola.ops.I_like(random("circulant", (7, 7))),
-        structlin.Circulant,
-    ),
-    "toeplitz + scalar": (
-        random("toeplitz", (7, 7)),
-        -2.0 * cola.ops.I_like(random("toeplitz", (7, 7))),
-        structlin.Toeplitz,
-    ),
-    "toeplitz + identity": (
-        cola.ops.I_like(random("toeplitz", (7, 7))),
-        random("toeplitz", (7, 7)),
-        structlin.Toeplitz,
-    ),
+    "circulant + scalar": (random("circulant", (7, 7)), 3.0 * EYE, structlin.Circulant),
+    "toeplitz + scalar": (random("toeplitz", (7, 7)), -2.0 * EYE, structlin.Toeplitz),
+    "toeplitz + identity": (EYE, random("toeplitz", (7, 7)), structlin.Toeplitz),
     "dense + diagonal": (random("diagonal", (5, 5)), random("dense", (5, 5)), structlin.Dense),
     "blocks + diagonal": (
         random("block_diagonal", (9, 9), blocks=3),
         random("diagonal", (9, 9)),
         structlin.BlockDiagonal,
     ),
-    "diagonal + identity": (
-        random("diagonal", (5, 5)),
-        cola.ops.I_like(random("diagonal", (5, 5))),
-        structlin.Diagonal,
-    ),
+    "diagonal + identity": (random("diagonal", (7, 7)), EYE, structlin.Diagonal),
 }
 
 

@@ -33,14 +33,6 @@ def shifted(A):
     return A + structlin.Diagonal(np.linspace(1, 2, A.shape[0]))
 
 
-def toeplitz():
-    return structlin.Toeplitz(0.5 ** np.arange(N), 0.25 ** np.arange(N))
-
-
-def hankel():
-    return structlin.Hankel(0.5 ** np.arange(N)[::-1], 0.25 ** np.arange(N))
-
-
 def plus_identity(A):
     return A + 0.5 * cola.ops.I_like(A)
 
@@ -55,28 +47,14 @@ def kronecker_of_cola(first="circulant", **options):
     return cola.ops.Kronecker(random(first, n=8, **options), random("kronecker", n=8))
 
 
-def blocks_of_cola():
-    return cola.block_diag(random("circulant"), random("kronecker"))
-
-
-def slice_():
-    return random("circulant", n=70)[3:67, 5:69]
-
-
-def narrow():
-    U = cola.ops.Dense(np.random.default_rng(0).standard_normal((N, 3)))
-    return cola.ops.Product(U, U.T)
-
-
-def train():
-    return random("tensor_train", rank=3)
-
-
-def wide_chains():
-    """Chains of blocks that are not square, without regrouping."""
-    return [random("block_tensor_train", rank=2), random("blast", rank=20, blocks=4)]
-
-
+TOEPLITZ = structlin.Toeplitz(0.5 ** np.arange(N), 0.25 ** np.arange(N))
+HANKEL = structlin.Hankel(0.5 ** np.arange(N)[::-1], 0.25 ** np.arange(N))
+BLOCKS = cola.block_diag(random("circulant"), random("kronecker"))
+SLICE = random("circulant", n=70)[3:67, 5:69]
+THIN = cola.ops.Dense(np.random.default_rng(0).standard_normal((N, 3)))
+TRAIN, KRONECKER = random("tensor_train", rank=3), random("kronecker")
+# Chains of blocks that are not square, without regrouping.
+WIDE_CHAINS = [random("block_tensor_train", rank=2), random("blast", rank=20, blocks=4)]
 SQUARE_STEPS = [random("monarch", blocks=8), random("butterfly"), random("block_tensor_train")]
 # label of a row: what stands for it
 ROWS = {
@@ -84,61 +62,61 @@ ROWS = {
     "diagonal": [random("diagonal")],
     "permutation": [random("permutation")],
     "circulant": [random("circulant")],
-    "circulant, Toeplitz, Hankel": [random("circulant"), toeplitz(), hankel()],
-    "Kronecker": [random("kronecker")],
+    "circulant, Toeplitz, Hankel": [random("circulant"), TOEPLITZ, HANKEL],
+    "Kronecker": [KRONECKER],
     "block diagonal": [random("block_diagonal", blocks=8)],
     "chains of square blocks (Monarch, butterfly, BTT)": SQUARE_STEPS,
     "chains of square blocks, padded": [random("monarch", n=63, blocks=8)],
     "low rank": [random("low_rank", rank=3)],
     "BLAST with a rank below n / b": [random("blast", rank=3, blocks=4)],
-    "Tensor-Train, BTT with a rank above 1, BLAST, other chains": [train(), *wide_chains()],
-    "Toeplitz and Hankel from 256 rows": [toeplitz(), hankel()],
-    "Toeplitz and Hankel with fewer rows": [toeplitz(), hankel()],
+    "Tensor-Train, BTT with a rank above 1, BLAST, other chains": [TRAIN, *WIDE_CHAINS],
+    "Toeplitz and Hankel from 256 rows": [TOEPLITZ, HANKEL],
+    "Toeplitz and Hankel with fewer rows": [TOEPLITZ, HANKEL],
     "Kronecker product or `KronSum`, plus c I": [
-        plus_identity(random("kronecker")),
+        plus_identity(KRONECKER),
         plus_identity(cola.kronsum(random("toeplitz", n=8), random("toeplitz", n=8))),
     ],
     "sum of two Hermitian Kronecker products, one of them positive definite": [two_kroneckers()],
     "low rank plus diagonal, or plus another matrix with a closed form in this table": [
         shifted(random("low_rank", rank=3)),
         random("low_rank", rank=3) + random("circulant"),
-        random("low_rank", rank=3) + toeplitz(),
+        random("low_rank", rank=3) + TOEPLITZ,
     ],
-    "product of square operators": [cola.ops.Product(random("kronecker"), random("circulant"))],
+    "product of square operators": [cola.ops.Product(KRONECKER, random("circulant"))],
     "`cola.ops.Kronecker`, `BlockDiag`, transposes, adjoints, multiples": [
         kronecker_of_cola(),
-        blocks_of_cola(),
+        BLOCKS,
         cola.ops.Adjoint(kronecker_of_cola("monarch", blocks=2)),
         2 * kronecker_of_cola(),
     ],
-    "other sums, slices": [train() + random("kronecker"), slice_()],
-    "Tensor-Train": [train()],
+    "other sums, slices": [TRAIN + KRONECKER, SLICE],
+    "Tensor-Train": [TRAIN],
     "BTT, Monarch if b divides the size of the blocks, BLAST, other chains": [
         random("monarch", blocks=8),
-        *wide_chains(),
+        *WIDE_CHAINS,
     ],
     "butterfly": [random("butterfly")],
     "other Monarch, and chains whose axes do not split into common factors": [random("monarch", n=60, blocks=4)],
     "product with a diagonal factor or a small inner dimension": [
-        cola.ops.Product(random("diagonal"), random("kronecker")),
-        narrow(),
+        cola.ops.Product(random("diagonal"), KRONECKER),
+        cola.ops.Product(THIN, THIN.T),
     ],
-    "sum": [train() + random("kronecker")],
-    "`cola.ops.Kronecker`, `BlockDiag`": [kronecker_of_cola(), blocks_of_cola()],
-    "other products, slices": [cola.ops.Product(train(), random("kronecker")), slice_()],
+    "sum": [TRAIN + KRONECKER],
+    "`cola.ops.Kronecker`, `BlockDiag`": [kronecker_of_cola(), BLOCKS],
+    "other products, slices": [cola.ops.Product(TRAIN, KRONECKER), SLICE],
     "other chains, Toeplitz, Hankel, sums, products, slices": [
-        train(),
+        TRAIN,
         *SQUARE_STEPS,
-        *wide_chains(),
-        toeplitz(),
-        train() + random("kronecker"),
-        cola.ops.Product(train(), random("kronecker")),
-        slice_(),
+        *WIDE_CHAINS,
+        TOEPLITZ,
+        TRAIN + KRONECKER,
+        cola.ops.Product(TRAIN, KRONECKER),
+        SLICE,
     ],
-    "`cola.ops.BlockDiag`, transposes": [blocks_of_cola(), cola.ops.Transpose(blocks_of_cola())],
+    "`cola.ops.BlockDiag`, transposes": [BLOCKS, cola.ops.Transpose(BLOCKS)],
     "`cola.ops.Kronecker`": [kronecker_of_cola()],
     "Kronecker plus c I, `KronSum`": [
-        plus_identity(random("kronecker")),
+        plus_identity(KRONECKER),
         cola.kronsum(random("diagonal", n=8), random("circulant", n=8)),
     ],
 }

@@ -54,18 +54,16 @@ def entries(shapes, seed=0):
     return [rng.standard_normal(s) for s in shapes]
 
 
-def solved(make, b):
-    def solve(*arrays):
-        return cola.linalg.solve(make(*arrays), b)
+def leaves(shapes):
+    return [torch.tensor(x, requires_grad=True) for x in entries(shapes)]
 
-    return solve
+
+def solved(make, b):
+    return lambda *arrays: cola.linalg.solve(make(*arrays), b)
 
 
 def determinant(make):
-    def logdet(*arrays):
-        return cola.logdet(make(*arrays))
-
-    return logdet
+    return lambda *arrays: cola.logdet(make(*arrays))
 
 
 def gradcheck(function, arrays, **tolerances):
@@ -77,8 +75,8 @@ def gradcheck(function, arrays, **tolerances):
 @pytest.mark.parametrize("name", SQUARE)
 def test_torch_gradients_of_solve_and_logdet(name):
     shapes, make = SQUARE[name]
-    arrays = [torch.tensor(x, requires_grad=True) for x in entries(shapes)]
-    b = torch.tensor(entries([(make(*arrays).shape[0], 2)])[0], requires_grad=True)
+    arrays = leaves(shapes)
+    (b,) = leaves([(make(*arrays).shape[0], 2)])
     assert gradcheck(lambda b, *arrays: solved(make, b)(*arrays), (b, *arrays), atol=1e-6)
     assert gradcheck(determinant(make), arrays, atol=1e-6)
 
@@ -139,8 +137,7 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_torch_gradients_of_the_rest(name):
     shapes, make, f = OTHERS[name]
-    arrays = [torch.tensor(x, requires_grad=True) for x in entries(shapes)]
-    assert gradcheck(lambda *arrays: f(make(*arrays)), arrays, atol=1e-5, rtol=1e-3)
+    assert gradcheck(lambda *arrays: f(make(*arrays)), leaves(shapes), atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.slow
@@ -219,7 +216,7 @@ def test_a_formula_that_loses_accuracy_is_replaced():
 
 def test_structures_without_a_name_differentiate_too():
     structure = Structure.parse("abc,bxa->cxb; cxb,cyx->byc", a=2, b=3, c=2, x=2, y=2)
-    arrays = [torch.tensor(x, requires_grad=True) for x in entries([f.shape for f in structure.factors])]
+    arrays = leaves([f.shape for f in structure.factors])
     make = lambda *factors: structlin.StructuredOperator(structure, factors)  # noqa: E731
     b = torch.ones(structure.d_in, dtype=torch.float64)
     assert torch.autograd.gradcheck(solved(make, b), arrays, atol=1e-6)

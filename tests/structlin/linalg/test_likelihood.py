@@ -41,10 +41,7 @@ FORMS = {
         lambda x: cola.PSD(structlin.BlockDiagonal(symmetric(x))),
         lambda rng, dtype: [hermitian(rng, 3, 4, dtype=dtype)],
     ),
-    "dense": (
-        lambda x: cola.PSD(structlin.Dense(symmetric(x))),
-        lambda rng, dtype: [hermitian(rng, 7, dtype=dtype)],
-    ),
+    "dense": (lambda x: cola.PSD(structlin.Dense(symmetric(x))), lambda rng, dtype: [hermitian(rng, 7, dtype=dtype)]),
     "kronecker": (
         lambda *m: cola.PSD(structlin.Kronecker(*map(symmetric, m))),
         lambda rng, dtype: [hermitian(rng, n, dtype=dtype) for n in (2, 5, 3)],
@@ -55,10 +52,7 @@ FORMS = {
     ),
     "shifted": (shifted, lambda rng, dtype: [*(hermitian(rng, n, dtype=dtype) for n in (3, 5)), np.array(0.5)]),
     "sum": (kron_sum, lambda rng, dtype: [hermitian(rng, n, dtype=dtype) for n in (4, 2)]),
-    "low rank": (
-        low_rank,
-        lambda rng, dtype: [hermitian(rng, 9, dtype=dtype)[:, :2].copy(), 0.5 + rng.random(9)],
-    ),
+    "low rank": (low_rank, lambda rng, dtype: [hermitian(rng, 9, dtype=dtype)[:, :2].copy(), 0.5 + rng.random(9)]),
 }
 
 

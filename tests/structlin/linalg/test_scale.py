@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from helpers.arrays import spd
 
 import structlin as sl
 from structlin import linalg
@@ -18,11 +19,7 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
-def spd(n, seed=0, shift=0.5):
-    x = rng(seed).standard_normal((n, n)) / math.sqrt(n)
-    return x @ x.T + shift * np.eye(n)
-
-
+THIN = sl.Structure.parse("i,ri->r; r,or->o", i=6, r=1, o=6)
 SCALES = {
     "dense": lambda s: sl.Dense(s * (rng().standard_normal((6, 6)) + 3 * np.eye(6))),
     "blocks": lambda s: sl.BlockDiagonal(s * (rng().standard_normal((2, 3, 3)) + 3 * np.eye(3))),
@@ -31,22 +28,10 @@ SCALES = {
     "kronecker": lambda s: sl.Kronecker(s * spd(2), spd(3, 1)),
     "shifted": lambda s: sl.Kronecker(s * spd(2), spd(3, 1)) + s * cola.ops.I_like(sl.Dense(np.eye(6))),
     "low rank": lambda s: (
-        s
-        * (
-            sl.StructuredOperator(
-                sl.Structure.parse("i,ri->r; r,or->o", i=6, r=1, o=6), (np.ones((1, 6)), np.ones((6, 1)))
-            )
-            + sl.Diagonal(np.arange(1.0, 7))
-        )
+        s * (sl.StructuredOperator(THIN, (np.ones((1, 6)), np.ones((6, 1)))) + sl.Diagonal(np.arange(1.0, 7)))
     ),
     "monarch": lambda s: sl.Monarch(
-        *(
-            f + 0.0
-            for f in (
-                s * (rng().standard_normal((2, 3, 3)) + 3 * np.eye(3)),
-                rng(1).standard_normal((3, 2, 2)) + 3 * np.eye(2),
-            )
-        )
+        s * (rng().standard_normal((2, 3, 3)) + 3 * np.eye(3)), rng(1).standard_normal((3, 2, 2)) + 3 * np.eye(2)
     ),
     "toeplitz": lambda s: sl.Toeplitz(s * 0.5 ** np.arange(70)),
     "hankel": lambda s: sl.Hankel(s * 0.5 ** np.arange(70)[::-1], s * 0.5 ** np.arange(70)),

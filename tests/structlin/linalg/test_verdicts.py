@@ -1,6 +1,5 @@
 """No finite wrong number: what was wrong, or dense, or raised the wrong thing, stays right."""
 
-import math
 import time
 
 import cola
@@ -11,6 +10,7 @@ import pytest
 import scipy.linalg
 import torch
 from cola.annotations import PSD, SelfAdjoint
+from helpers.arrays import BACKENDS, spd
 
 import structlin as sl
 from structlin import linalg
@@ -19,16 +19,16 @@ from structlin.linalg import Verdict
 from structlin.operators import StructuredOperator
 from structlin.testing import to_numpy
 
-BACKENDS = ("numpy", "torch", "jax")
-
 
 def rng(seed=0):
     return np.random.default_rng(seed)
 
 
-def spd(n, seed=0, shift=0.5):
-    x = rng(seed).standard_normal((n, n)) / math.sqrt(n)
-    return x @ x.T + shift * np.eye(n)
+def thin(V, U):
+    """The product of U (n, r) and V (r, n), of no named class."""
+    return sl.StructuredOperator(
+        sl.Structure.parse("i,ri->r; r,or->o", i=V.shape[1], r=V.shape[0], o=U.shape[0]), (V, U)
+    )
 
 
 @pytest.fixture
@@ -54,10 +54,6 @@ def tiny_first(backend):
     return [to_backend(x, backend) for x in (d, U)], np.diag(d) + U @ U.T
 
 
-def sum_of(d, U):
-    return sl.Diagonal(d) + sl.StructuredOperator(sl.Structure.parse("i,ri->r; r,or->o", i=4, r=1, o=4), (U.T, U))
-
-
 @pytest.mark.parametrize("transform", ["eager", "jit", "vmap", "torch vmap"])
 def test_woodbury_is_right_or_not_a_number(transform):
     backend = "torch" if "torch" in transform else "jax"
@@ -65,7 +61,7 @@ def test_woodbury_is_right_or_not_a_number(transform):
     b = to_backend(np.array([1.0, 2.0, 3.0, 4.0]), backend)
 
     def solve(d, U, b):
-        return linalg.solve(sum_of(d, U), b)
+        return linalg.solve(sl.Diagonal(d) + thin(U.T, U), b)
 
     if transform == "jit":
         x = jax.jit(solve)(d, U, b)
@@ -94,9 +90,7 @@ def test_woodbury_is_backward_stable(noise, dtype, backend, never_dense):
     x = rng(1).standard_normal((n, 2)).astype(dtype)
     b = U @ (U.T @ x) + np.float32(noise).astype(dtype) * x
     u, right = (to_backend(y, backend) for y in (U, b))
-    A = sl.StructuredOperator(
-        sl.Structure.parse("i,ri->r; r,or->o", i=n, r=5, o=n), (u.T, u)
-    ) + noise * cola.ops.I_like(cola.ops.Dense(right[:, :1] * right[:, :1].T))
+    A = thin(u.T, u) + noise * cola.ops.I_like(cola.ops.Dense(right[:, :1] * right[:, :1].T))
     answer = linalg.solve(A, right, full_output=True)
     found = to_numpy(answer.value)
     residual = np.linalg.norm(U.astype(float) @ (U.T.astype(float) @ found) + noise * found - b.astype(float))
@@ -125,13 +119,6 @@ FUNCTIONS = {
     "exp": cola.exp,
     "apply": lambda A: linalg.apply(lambda x: x**3 + 1, A),
 }
-
-
-def weighted(A):
-    """A scalar that depends on every entry."""
-    n = A.shape[0]
-    w = to_backend(np.sin(np.arange(n * n, dtype=float)).reshape(n, n), A.backend if hasattr(A, "backend") else "torch")
-    return (A.to_dense() * w).sum()
 
 
 def repeated(kind, x):
@@ -191,8 +178,8 @@ def test_low_rank_plus_identity_has_functions_with_derivatives(name, never_dense
     v = torch.tensor(rng(1).standard_normal(n))
 
     def f(U):
-        A = sl.StructuredOperator(sl.Structure.parse("i,ri->r; r,or->o", i=n, r=r, o=n), (U.T, U))
-        return v @ (FUNCTIONS[name](PSD(PSD(A) + cola.ops.I_like(A))) @ v)
+        A = PSD(thin(U.T, U))
+        return v @ (FUNCTIONS[name](PSD(A + cola.ops.I_like(A))) @ v)
 
     dense = (U @ U.T + torch.eye(n, dtype=torch.float64)).detach().numpy()
     wanted = {
@@ -227,9 +214,7 @@ def test_eigenvectors_of_a_rank_deficient_low_rank_matrix(backend):
     U = rng().standard_normal((n, 3))
     U[:, 2] = U[:, 0] + U[:, 1]
     V = rng(1).standard_normal((3, n))
-    A = sl.StructuredOperator(
-        sl.Structure.parse("i,ri->r; r,or->o", i=n, r=3, o=n), [to_backend(x, backend) for x in (V, U)]
-    )
+    A = thin(*(to_backend(x, backend) for x in (V, U)))
     values, vectors = cola.eig(A, 3, "LM")
     values, vectors = to_numpy(values), to_numpy(vectors.to_dense())
     np.testing.assert_allclose(U @ (V @ vectors), vectors * values, atol=1e-12)
@@ -306,12 +291,7 @@ def shifted(kind, backend="torch", grad=False):
         return PSD(2.5 * cola.ops.Kronecker(cola.ops.Dense(a), cola.ops.Dense(b)) + 0.3 * cola.ops.I_like(K)), arrays
     if kind == "kronsum":
         return cola.kronsum(sl.Dense(a), sl.Dense(b)), arrays
-    if kind == "pair":
-        return K + PSD(sl.Kronecker(c, d)), arrays
-    first = sl.BlockDiagonal(a[None])
-    return cola.ops.BlockDiag(first, sl.Dense(b)) + 0.5 * cola.ops.I_like(
-        cola.ops.BlockDiag(first, sl.Dense(b))
-    ), arrays
+    return K + PSD(sl.Kronecker(c, d)), arrays
 
 
 @pytest.mark.parametrize("kind", ["kronecker", "scaled", "kronsum", "pair"])
@@ -410,7 +390,7 @@ def test_norms_and_inner_products_of_large_operators_allocate_little():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1e8 * 0.5  # some columns of 300,000 numbers; eye(n) takes 720 GB
-    B = sl.StructuredOperator(sl.Structure.parse("i,ri->r; r,or->o", i=n, r=1, o=n), (np.ones((1, n)), np.ones((n, 1))))
+    B = thin(np.ones((1, n)), np.ones((n, 1)))
     np.testing.assert_allclose(linalg.frobenius_norm(B), n)
     np.testing.assert_allclose(linalg.inner_product(sl.Diagonal(np.ones(n)), B), n)
 

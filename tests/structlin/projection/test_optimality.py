@@ -4,6 +4,7 @@ from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
+from helpers.arrays import gaussian
 
 from structlin import Structure, design, init_std
 from structlin.projection import project
@@ -21,11 +22,6 @@ OPTIMAL = [
     Structure.parse("pa,pra->pr; pr,por->po", p=2, a=3, r=1, o=4),
     Structure.parse("ij,ai->aj", i=3, a=2, j=3),
 ]
-
-
-def gaussian(shape, seed, complex_=False):
-    rng = np.random.default_rng(seed)
-    return rng.standard_normal(shape) + (1j * rng.standard_normal(shape) if complex_ else 0)
 
 
 @pytest.mark.parametrize("structure", OPTIMAL, ids=repr)

@@ -8,33 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from helpers.arrays import MAKE, TYPES, gaussian, on_host
 
 import structlin
 from structlin import AbstractStructure, Factor, NamedOperator, Structure, design, register, unregister
 from structlin.conversion import exact_rank
 from structlin.projection import Problem, Projection, project, solve
 
-MAKE = {"numpy": np.array, "torch": torch.tensor, "jax": jnp.array}
-TYPES = {"numpy": np.ndarray, "torch": torch.Tensor, "jax": jax.Array}
 CASES = {
-    "low_rank": {"rank": 2},
-    "kronecker": {},
-    "block_tensor_train": {"cores": 3},
-    "monarch": {"blocks": 3},
-    "blast": {"rank": 3},
-    "butterfly": {},
-    "circulant": {},
-    "permutation": {},
-}
-
-
-def gaussian(shape, seed=0, complex_=False):
-    rng = np.random.default_rng(seed)
-    return rng.standard_normal(shape) + (1j * rng.standard_normal(shape) if complex_ else 0)
-
-
-def numpy(x):
-    return x.resolve_conj().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
+    "low_rank": {"rank": 2}, "kronecker": {}, "block_tensor_train": {"cores": 3}, "monarch": {"blocks": 3},
+    "blast": {"rank": 3}, "butterfly": {}, "circulant": {}, "permutation": {},
+}  # fmt: skip
 
 
 @pytest.mark.covering(1)
@@ -51,7 +35,7 @@ def test_libraries_agree(name, dtype, backend):
     assert str(found.operator.dtype).removeprefix("torch.") == dtype
     assert type(found.operator) is type(want.operator) is structlin.structure_class(name)
     for a, b in zip(found.operator.factors, want.operator.factors, strict=True):
-        np.testing.assert_array_equal(numpy(a), b)
+        np.testing.assert_array_equal(on_host(a), b)
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])

@@ -5,14 +5,10 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
+from helpers.arrays import gaussian
 
 from structlin import Structure, design, structure_class, structure_names
 from structlin.projection import _als, _blocks, _solve, project
-
-
-def gaussian(shape, seed, complex_=False):
-    rng = np.random.default_rng(seed)
-    return rng.standard_normal(shape) + (1j * rng.standard_normal(shape) if complex_ else 0)
 
 
 def weighted_error(W, A, root):

@@ -46,19 +46,14 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "small.safetensors"
 
 
-def run(line: str, capsys: pytest.CaptureFixture[str], code: int = 0) -> tuple[str, str]:
-    capsys.readouterr()
-    assert main(line.split()) == code
-    return capsys.readouterr()  # type: ignore[return-value]
+@pytest.fixture
+def as_json(cli: Any) -> Any:
+    return lambda line: json.loads(cli(line, "--json").out)
 
 
-def as_json(line: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    return json.loads(run(f"{line} --json", capsys)[0])
-
-
-def test_a_run(trained: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run(trained: Path, out: Path, as_json) -> None:
     line = f"compress {trained} --structure low_rank --mac-fraction 0.3 --calibrate 600 --layers blocks.* --out {out}"
-    found = as_json(line, capsys)
+    found = as_json(line)
     model = load_model(out)
     ranks = {n: m.options["rank"] for n, m in model.named_modules() if getattr(m, "options", {}).get("rank")}
     assert ranks == {row["names"][0]: row["options"]["rank"] for row in found["report"]["layers"]}
@@ -84,9 +79,9 @@ def test_a_run(trained: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert str(trained.parent) not in json.dumps(said)
 
 
-def test_table(trained: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table(trained: Path, out: Path, cli) -> None:
     line = f"compress {trained} --structure monarch --blocks 4 --calibrate 0 --evaluate 100 --layers *.up --out {out}"
-    text, _ = run(line, capsys)
+    text, _ = cli(line)
     rows = text.splitlines()
     assert rows[0].split()[:3] == ["layer", "shape", "form"]
     assert [row.split()[0] for row in rows[1:3]] == ["blocks.0.up", "blocks.1.up"]
@@ -96,10 +91,10 @@ def test_table(trained: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert text.splitlines()[-1] == f"{out}: {out.stat().st_size:,} bytes"
 
 
-def test_other_layers_stay_structured(trained: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_layers_stay_structured(trained: Path, out: Path, as_json, cli) -> None:
     whole, part = out.with_name("whole.safetensors"), f"compress {out} --structure low_rank"
-    as_json(f"compress {trained} --structure low_rank --rank 4 --calibrate 0 --layers blocks.* --out {out}", capsys)
-    found = as_json(f"{part} --rank 2 --layers blocks.0.* --out {whole}", capsys)
+    as_json(f"compress {trained} --structure low_rank --rank 4 --calibrate 0 --layers blocks.* --out {out}")
+    found = as_json(f"{part} --rank 2 --layers blocks.0.* --out {whole}")
     before, after = (found[key]["costs"] for key in ("before", "after"))
     assert {row["names"][0] for row in found["report"]["layers"]} == {"blocks.0.up", "blocks.0.down"}
     # Rank 2 in place of 4 in two layers of 32 x 128, and 128 x 32 features.
@@ -107,7 +102,7 @@ def test_other_layers_stay_structured(trained: Path, out: Path, capsys: pytest.C
     held = {n: m.options.get("rank") for n, m in load_model(whole).named_modules() if isinstance(m, StructuredLinear)}
     assert [held[f"blocks.{n}.up"] for n in range(2)] == [2, 4]
     dear = out.with_name("dear.safetensors")
-    assert "more MACs than before" in run(f"{part} --rank 20 --layers blocks.0.* --out {dear}", capsys)[1]
+    assert "more MACs than before" in cli(f"{part} --rank 20 --layers blocks.0.* --out {dear}")[1]
 
 
 def test_an_error_leaves_the_model(trained: Path) -> None:
@@ -118,11 +113,11 @@ def test_an_error_leaves_the_model(trained: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in found.model.state_dict().items())
 
 
-def test_further_training_lowers_the_loss(trained: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    as_json(f"compress {trained} --structure low_rank --rank 2 --calibrate 0 --layers blocks.* --out {out}", capsys)
+def test_further_training_lowers_the_loss(trained: Path, out: Path, as_json, cli) -> None:
+    as_json(f"compress {trained} --structure low_rank --rank 2 --calibrate 0 --layers blocks.* --out {out}")
     folder = out.parent / "further"
     line = f"train cifar --init-from {out} --epochs 1 {TRAIN} --lr 1e-3 --out {folder}"
-    run(line, capsys)
+    cli(line)
     record = read_record(folder / "record.jsonl")
     first, last = record.evaluations[0], record.evaluations[-1]
     assert last["train_loss"] < 0.9 * first["train_loss"]
@@ -135,47 +130,47 @@ def test_further_training_lowers_the_loss(trained: Path, out: Path, capsys: pyte
     assert said["counts"]["params"] == sum(p.numel() for p in load_model(out).parameters())
     # A compressed run can be compressed again, and a resumed run no longer needs the file.
     again = out.with_name("again.safetensors")
-    found = as_json(f"compress {folder} --structure low_rank --rank 1 --layers blocks.* --out {again}", capsys)
+    found = as_json(f"compress {folder} --structure low_rank --rank 1 --layers blocks.* --out {again}")
     assert found["after"]["costs"]["forward_macs"] < found["before"]["costs"]["forward_macs"]
     out.unlink()
-    assert "resuming" in run(f"train cifar --epochs 1 {TRAIN} --lr 1e-3 --out {folder} --resume".replace(
-        "--quiet", ""), capsys)[1]  # fmt: skip
+    line = f"train cifar --epochs 1 {TRAIN} --lr 1e-3 --out {folder} --resume"
+    assert "resuming" in cli(line.replace("--quiet", "")).err
 
 
-def test_gpt2(tokens: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gpt2(tokens: Path, out: Path, tmp_path: Path, as_json, cli) -> None:
     """Published form: biases, tied head, no normalised queries."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=257, n_positions=16)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     line = f"compress {tmp_path / 'gpt2'} --data {tokens} --structure low_rank --param-fraction 0.6 --evaluate 16"
-    found = as_json(f"{line} --calibrate 10 --out {out}", capsys)
+    found = as_json(f"{line} --calibrate 10 --out {out}")
     assert found["calibration_samples"] == 10
     assert found["before"]["quality"]["val_tokens"] == 16 * 16
     assert found["report"]["params_after"] < 0.7 * found["report"]["params_before"]
     assert len(found["report"]["layers"]) == 12
-    run(f"{line} --calibrate 0 --untie --out {out.with_name('untied.safetensors')}", capsys)
+    cli(f"{line} --calibrate 0 --untie --out {out.with_name('untied.safetensors')}")
     assert read_structured(out.with_name("untied.safetensors")).build["config"]["tied"] is False
 
     train = (
         f"train gpt2 --data {tokens} --init-from {out} --steps 30 --warmup-steps 3 --batch-size 8 --eval-every 30 "
         "--eval-sequences 32 --lr 3e-3 --threads 1 --quiet"
     )
-    run(f"{train} --out {tmp_path / 'run'}", capsys)
+    cli(f"{train} --out {tmp_path / 'run'}")
     record = read_record(tmp_path / "run" / "record.jsonl")
     assert record.header["config"]["tied"] is True
     assert record.header["config"]["qk_norm"] is False
     assert record.evaluations[-1]["val_loss"] < record.evaluations[0]["val_loss"] - 0.3
     loss = found["after"]["quality"]["val_loss"]
     assert record.evaluations[0]["val_loss"] == pytest.approx(loss, abs=0.05)  # on other pieces
-    text, _ = run(f"generate {tmp_path / 'run'} --prompt ab --tokens 5", capsys)
+    text, _ = cli(f"generate {tmp_path / 'run'} --prompt ab --tokens 5")
     assert text.startswith("ab")
-    text, _ = run(f"generate {out} --tokenizer bytes --prompt ab --tokens 5", capsys)
+    text, _ = cli(f"generate {out} --tokenizer bytes --prompt ab --tokens 5")
     assert text.startswith("ab")
-    assert "give --tokenizer" in run(f"generate {out} --prompt ab", capsys, code=2)[1]
+    assert "give --tokenizer" in cli(f"generate {out} --prompt ab", code=2)[1]
 
 
-def test_timm(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_timm(out: Path, tmp_path: Path, as_json, cli) -> None:
     pytest.importorskip("timm")
     torch.manual_seed(0)
     model = make_timm("vit_tiny_patch16_224", num_classes=3, img_size=32).eval()
@@ -189,7 +184,7 @@ def test_timm(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
             for count, image in enumerate(data.train_images[data.train_labels == label][:number]):
                 Image.fromarray(image[0]).save(folder / f"{count}.png")
     line = f"compress timm:vit_tiny_patch16_224 --weights {weights} --image-size 32 --structure low_rank --rank 20"
-    found = as_json(f"{line} --layers *.mlp.fc1 --data {tmp_path / 'images'} --calibrate 20 --out {out}", capsys)
+    found = as_json(f"{line} --layers *.mlp.fc1 --data {tmp_path / 'images'} --calibrate 20 --out {out}")
     assert found["build"]["options"] == {"num_classes": 3, "img_size": 32}
     assert found["calibration_samples"] == 20
     assert found["before"]["quality"].keys() == {"val_loss", "val_error", "val_top5_error"}
@@ -199,10 +194,10 @@ def test_timm(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert not torch.allclose(again(x), model(x))
         assert isinstance(again.blocks[3].mlp.fc1, StructuredLinear)
         torch.testing.assert_close(again.blocks[3].mlp.fc2.weight, model.blocks[3].mlp.fc2.weight)
-    _, text = run(f"{line} --layers *.fc1 --num-classes 4 --out {out} --overwrite", capsys, code=2)
+    _, text = cli(f"{line} --layers *.fc1 --num-classes 4 --out {out} --overwrite", code=2)
     assert "head.weight has shape (3, 192) in the file, but (4, 192) in the model" in text
-    _, text = run(f"compress timm:resnet18 --weights {weights} --structure low_rank --rank 2 --out {out} --overwrite",
-                  capsys, code=2)  # fmt: skip
+    line = f"compress timm:resnet18 --weights {weights} --structure low_rank --rank 2 --out {out} --overwrite"
+    _, text = cli(line, code=2)
     assert "is not of timm's resnet18" in text
 
 
@@ -221,7 +216,7 @@ def test_a_model_of_timm_normalises_in_its_own_way(tmp_path: Path) -> None:
     torch.testing.assert_close(opened.rescaled(ours), theirs)
 
 
-def test_misuse(trained: Path, tokens: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_misuse(trained: Path, tokens: Path, out: Path, tmp_path: Path, cli) -> None:
     small = "--structure low_rank --rank 2 --calibrate 0 --evaluate 0 --layers blocks.*"
     taken = tmp_path / "taken.safetensors"
     save_model(build_model("cifar-mlp", width=8, depth=1), taken)
@@ -248,7 +243,7 @@ def test_misuse(trained: Path, tokens: Path, out: Path, tmp_path: Path, capsys: 
         (f"{taken} --structure low_rank --rank 1 --context 3 --data-set fashion --out {out}", "takes images"),
         (f"{taken} --structure low_rank --rank 900 --out {out}", "saves nothing in any layer"),
     ):
-        _, text = run(f"compress {line}", capsys, code=2)
+        _, text = cli(f"compress {line}", code=2)
         assert message in text, line
         assert text.count("\n") == 1
     assert not out.exists()

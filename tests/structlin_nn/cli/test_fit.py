@@ -85,20 +85,8 @@ def test_run_records(write_run, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_the_multiplier_of_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
     """3.8 in the paper, for 28.9 % against 28.6 %. At equal error, with the uncertainty of the reading: 2.8 to 4.1."""
-    words = (
-        PAPER,
-        "--x",
-        "forward_macs",
-        "--y",
-        "val_error",
-        "--group",
-        "structure,rank",
-        "--noise",
-        "0.003",
-        "--samples",
-        "200",
-    )
-    found = json.loads(output(capsys, *words, "--floor", "--where", "blocks=None", "--json"))
+    words = "--x forward_macs --y val_error --group structure,rank --noise 0.003 --samples 200 --floor --json"
+    found = json.loads(output(capsys, PAPER, *words.split(), "--where", "blocks=None"))
     row = found["comparisons"]["block_tensor_train, rank 2"]
     for kind in ("interpolated", "multiplier"):
         assert row[kind]["error"] == pytest.approx(0.286)
@@ -157,12 +145,9 @@ def test_few_points() -> None:
         ("{} --x macs --y error --samples 5 --plot figure.gif", "written as .png, .svg or .pdf, got 'figure.gif'"),
     ],
 )
-def test_misuse(words: str, message: str, points: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["fit", *words.format(points).split(), *(["--samples", "5"] if "--samples" not in words else ())]) == 2
-    out, err = capsys.readouterr()
-    assert message in err
-    assert out == ""
-    assert err.count("\n") == 1
+def test_misuse(words: str, message: str, points: Path, misuse) -> None:
+    more = [] if "--samples" in words else ["--samples", "5"]
+    assert message in misuse("fit", *words.format(points).split(), *more)
 
 
 def test_groups_are_compared_by_time_where_it_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,7 +169,7 @@ def test_groups_are_compared_by_time_where_it_is_known(tmp_path: Path, capsys: p
     assert "comparisons_by_time" not in json.loads(output(capsys, *words, "--json"))
 
 
-def test_groups_that_cannot_be_fitted_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_groups_that_cannot_be_fitted_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], cli) -> None:
     lines = ["structure,macs,error"]
     lines += [f"dense,{c},{0.05 + 2 * c**-0.2}" for c in (1e4, 1e5, 1e6, 1e7)]
     lines += ["monarch,1e4,0.3", "monarch,1e5,0.2", "low_rank,1e4,-1"]
@@ -196,10 +181,8 @@ def test_groups_that_cannot_be_fitted_are_named(tmp_path: Path, capsys: pytest.C
     record = json.loads(output(capsys, *words, "--json"))
     assert list(record["groups"]) == ["dense"]
     assert sorted(record["left_out"]) == ["low_rank", "monarch"]
-    assert main(["fit", *map(str, words), "--reference", "monarch"]) == 2
-    assert "monarch cannot be fitted: a law of 3 parameters" in capsys.readouterr().err
-    assert main(["fit", *map(str, words), "--where", "structure=monarch"]) == 2
-    assert "monarch: a law of 3 parameters" in capsys.readouterr().err
+    assert "monarch cannot be fitted: a law of 3 parameters" in cli("fit", *words, "--reference", "monarch", code=2).err
+    assert "monarch: a law of 3 parameters" in cli("fit", *words, "--where", "structure=monarch", code=2).err
 
 
 def test_rising_data_and_bounds_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -283,12 +266,8 @@ def test_allocation_without_a_law(approach: int, tmp_path: Path, capsys: pytest.
         ("--size parms --data tokens", "a row has no 'parms' (did you mean params?)"),
     ],
 )
-def test_misuse_of_two_sizes(words: str, message: str, sizes: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["fit", str(sizes), "--y", "val_loss", "--x", "tokens", *words.split()]) == 2
-    out, err = capsys.readouterr()
-    assert message in err
-    assert out == ""
-    assert err.count("\n") == 1
+def test_misuse_of_two_sizes(words: str, message: str, sizes: Path, misuse) -> None:
+    assert message in misuse("fit", sizes, "--y", "val_loss", "--x", "tokens", *words.split())
 
 
 def test_equal_times_leave_the_laws_of_compute(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -304,7 +283,7 @@ def test_equal_times_leave_the_laws_of_compute(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_failed_runs_of_a_sweep_are_left_out(
-    write_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    write_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], cli
 ) -> None:
     """`fit` and `figure` name them in one line on stderr; --unfinished takes them."""
     for name, macs, error, last in (("a", 1000, 0.5, 10), ("b", 4000, 0.3, 10), ("c", 9000, 0.2, 10), ("d", 9, 9e9, 0)):
@@ -328,8 +307,7 @@ def test_failed_runs_of_a_sweep_are_left_out(
 
     assert figure()[1] == line
     assert figure("--unfinished")[1] == ""
-    assert main(["fit", str(failed)]) == 2
-    assert f"all runs failed in {failed}; --unfinished takes them" in capsys.readouterr().err
+    assert f"all runs failed in {failed}; --unfinished takes them" in cli("fit", failed, code=2).err
     (failed / "failed.json").unlink()
     assert main(fit) == 2
     assert "the run stopped after step 0 of 10; resume it" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.children import output
 
 import structlin
 import structlin_nn
@@ -69,17 +70,12 @@ MISUSE = {
 
 
 @pytest.mark.parametrize(("line", "message"), MISUSE.items(), ids=MISUSE)
-def test_misuse_is_one_line_and_code_2(
-    line: str, message: str, captured: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_misuse_is_one_line_and_code_2(line: str, message: str, misuse, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    assert main(line.split()) == 2
-    out, err = captured()
-    assert out == ""
+    err = misuse(line)
     assert err.startswith("structlin")
     assert message in err
-    assert err.count("\n") == 1
     assert err.endswith("--help)\n")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -125,9 +121,7 @@ class TestHelp:
             "for line in (['--help'], ['train', '--help'], ['demo', '--help'], ['count', '--help']): main(line)\n"
             "print([name for name in ('torch', 'jax', 'cola', 'matplotlib', 'numpy') if name in sys.modules])"
         )
-        environment = os.environ | {"PYTHONPATH": str(Path(structlin_nn.__file__).parents[1])}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        assert done.stdout.splitlines()[-1] == "[]"
+        assert output("-c", code, PYTHONPATH=str(Path(structlin_nn.__file__).parents[1])).splitlines()[-1] == "[]"
 
     def test_version(self, captured: Captured) -> None:
         assert main(["--version"]) == 0

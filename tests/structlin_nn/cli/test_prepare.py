@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from structlin_nn.cli import main
 from structlin_nn.data.tokens import open_tokens
 
 
@@ -15,63 +14,56 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(line: str, capsys: pytest.CaptureFixture[str], code: int = 0) -> tuple[str, str]:
-    assert main(["prepare", *line.split()]) == code
-    return capsys.readouterr()  # type: ignore[return-value]
-
-
 class TestText:
-    def test_pydoc(self, capsys: pytest.CaptureFixture[str]) -> None:
-        out, _ = run("text --pydoc --out corpus --tokenizer bytes --workers 1 --json --name manual", capsys)
+    def test_pydoc(self, cli) -> None:
+        out, _ = cli("prepare text --pydoc --out corpus --tokenizer bytes --workers 1 --json --name manual")
         data = open_tokens("corpus")
         assert json.loads(out) == {
             "name": "manual", "folder": "corpus", "tokenizer": "bytes", "vocab_size": 257, "sha256": data.digest,
             "train_tokens": len(data.train), "val_tokens": len(data.val),
         }  # fmt: skip
 
-    def test_files(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_files(self, folder: Path, cli) -> None:
         for name in "ab":
             (folder / name).write_text(f"line of {name}\n" * 100)
-        out, _ = run("text a b --out corpus --tokenizer bytes --val-fraction 0.5", capsys)
+        out, _ = cli("prepare text a b --out corpus --tokenizer bytes --val-fraction 0.5")
         assert "1,002 training and 1,002 validation tokens, vocabulary 257), bytes tokens, in corpus" in out
 
-    def test_bytes_where_no_vocabulary_is_at_hand(
-        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_bytes_where_no_vocabulary_is_at_hand(self, cli, monkeypatch: pytest.MonkeyPatch) -> None:
         tiktoken = pytest.importorskip("tiktoken")
 
         def refuse(_: str) -> None:
             raise OSError("no network here")
 
         monkeypatch.setattr(tiktoken, "get_encoding", refuse)
-        _, err = run("text --out corpus", capsys)
+        _, err = cli("prepare text --out corpus")
         assert "no file is given: using Python's documentation" in err
         assert "using bytes as tokens (--tokenizer bytes): " in err
         assert open_tokens("corpus").tokenizer == "bytes"
-        assert "no network here" in run("text --pydoc --out other --tokenizer gpt2", capsys, code=2)[1]
+        assert "no network here" in cli("prepare text --pydoc --out other --tokenizer gpt2", code=2)[1]
 
-    def test_gpt2(self, capsys: pytest.CaptureFixture[str], gpt2_vocabulary: Path) -> None:
+    def test_gpt2(self, cli, gpt2_vocabulary: Path) -> None:
         pytest.importorskip("tiktoken")
-        run(f"text --pydoc --out corpus --vocabulary {gpt2_vocabulary}", capsys)
+        cli(f"prepare text --pydoc --out corpus --vocabulary {gpt2_vocabulary}")
         data = open_tokens("corpus")
         assert (data.tokenizer, data.vocab_size, data.end_of_text) == ("gpt2", 50257, 50256)
 
-    def test_full_disk(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_full_disk(self, cli, monkeypatch: pytest.MonkeyPatch) -> None:
         def full(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("structlin_nn._files.os.fsync", full)
-        assert "No space left on device" in run("text --pydoc --out corpus --tokenizer bytes", capsys, code=1)[1]
+        assert "No space left on device" in cli("prepare text --pydoc --out corpus --tokenizer bytes", code=1)[1]
 
 
-def test_openwebtext(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_openwebtext(folder: Path, cli) -> None:
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"words": [f"document {number}" for number in range(30)]}).save_to_disk("saved")
     line = "openwebtext --dataset saved --tokenizer bytes --val-fraction 0.1 --workers 1 --out corpus"
-    out, _ = run(f"{line} --column words --json", capsys)
+    out, _ = cli(f"prepare {line} --column words --json")
     assert json.loads(out)["name"] == "saved"
     assert (open_tokens("corpus").val == 256).sum() == 3
-    assert "has the columns words, not 'text'" in run(line, capsys, code=2)[1]
+    assert "has the columns words, not 'text'" in cli(f"prepare {line}", code=2)[1]
 
 
 MISUSE = {
@@ -89,10 +81,7 @@ MISUSE = {
 
 
 @pytest.mark.parametrize(("line", "message"), MISUSE.items(), ids=MISUSE)
-def test_misuse(line: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_misuse(line: str, message: str, folder: Path, misuse) -> None:
     (folder / "file").touch()
-    out, err = run(line, capsys, code=2)
-    assert out == ""
-    assert message in err
-    assert err.count("\n") == 1
+    assert message in misuse(f"prepare {line}")
     assert [path.name for path in folder.iterdir()] == ["file"]

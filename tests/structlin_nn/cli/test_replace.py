@@ -31,16 +31,32 @@ def test_a_model_of_transformers(capsys):
     assert found["layers"][0]["params_after"] == 2 * (32 + 32)
 
 
-def test_a_model_of_timm(capsys):
+@pytest.mark.parametrize("form", ["type", "folder"])
+def test_unknown_options_of_a_configuration(form, tmp_path, misuse):
+    """A configuration of transformers stores any name, so that a misspelt size would change nothing."""
+    transformers = pytest.importorskip("transformers")
+    name = "gpt2"
+    if form == "folder":
+        transformers.GPT2Config(n_layer=1).save_pretrained(tmp_path)
+        name = str(tmp_path)
+    with pytest.raises(ValueError, match=r"has no 'n_layers' \(did you mean n_layer\?\)"):
+        open_named(f"hf:{name}", n_layers=1)
+    for known in ({"n_layer": 1}, {"num_hidden_layers": 1}, {"n_layer": 1, "attn_implementation": "eager"}):
+        model = open_named(f"hf:{name}", n_embd=32, n_head=2, vocab_size=48, **known)
+        assert len(model.transformer.h) == 1
+    wrong = "check-scale hf:gpt2 --width-option n_embed --base-width 64 --widths 64,128"
+    assert "has no 'n_embed' (did you mean n_embd?)" in misuse(wrong)
+
+
+def test_a_model_of_timm(cli):
     pytest.importorskip("timm")
     options = ["--layers", "*.fc1", "--model-option", "depth=1"]
-    assert main(["replace", "timm:vit_tiny_patch16_224", "--structure", "monarch", "--blocks", "4", *options]) == 0
-    text = capsys.readouterr().out
+    text = cli("replace", "timm:vit_tiny_patch16_224", "--structure", "monarch", "--blocks", "4", *options).out
     assert "blocks.0.mlp.fc1" in text
     assert "stays dense: patch_embed.proj.weight (convolution of 16 x 16" in text
 
 
-def test_a_model_of_ones_own(tmp_path, monkeypatch, capsys):
+def test_a_model_of_ones_own(tmp_path, monkeypatch, capsys, cli):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "my_models", raising=False)
     (tmp_path / "my_models.py").write_text(
@@ -48,8 +64,7 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch, capsys):
         "    return nn.Sequential(nn.Linear(width, width), nn.Linear(width, 3))\ndef number():\n    return 3\n"
     )
     arguments = ["--structure", "low_rank", "--rank", "30", "--model-option", "width=24"]
-    assert main(["replace", "my_models:make", *arguments]) == 0
-    text = capsys.readouterr()
+    text = cli("replace", "my_models:make", *arguments)
     assert "24 x 24" in text.out
     assert "warning: 1 of 1 structured layers cost more than dense" in text.err
     assert next(open_named("my_models:make").parameters()).is_meta
@@ -63,12 +78,11 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch, capsys):
     ):
         assert main(["replace", model, "--structure", "low_rank"]) == 2, model
         assert words in capsys.readouterr().err
-    assert main(["replace", "my_models:make", "--structure", "low_rnk"]) == 2
-    assert "unknown structure 'low_rnk'" in capsys.readouterr().err
+    assert "unknown structure 'low_rnk'" in cli("replace", "my_models:make", "--structure", "low_rnk", code=2).err
 
 
 @pytest.mark.parametrize("json_", [False, True])
-def test_every_warning_is_printed_on_stderr(json_, tmp_path, monkeypatch, capsys):
+def test_every_warning_is_printed_on_stderr(json_, tmp_path, monkeypatch, cli):
     """Warnings of any category and text, in a run that succeeds and in one that fails."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "warned_models", raising=False)
@@ -78,14 +92,12 @@ def test_every_warning_is_printed_on_stderr(json_, tmp_path, monkeypatch, capsys
         "def make():\n    return Own(nn.Linear(24, 24), nn.Linear(24, 3))\n"
     )
     command = ["replace", "warned_models:make", "--structure", "low_rank", *["--json"][:json_]]
-    assert main([*command, "--rank", "30"]) == 0
-    text = capsys.readouterr()
+    text = cli(*command, "--rank", "30")
     assert "warning" not in text.out
     assert not json_ or json.loads(text.out)["layers"]
     assert "warning: names are slow\n" in text.err
     assert "warning: 1 of 1 structured layers cost more than dense" in text.err
-    assert main([*command, "--rank", "30", "--dearer", "error"]) == 2
-    assert "warning: names are slow\n" in capsys.readouterr().err
+    assert "warning: names are slow\n" in cli(*command, "--rank", "30", "--dearer", "error", code=2).err
 
 
 def test_structures_of_installed_packages(monkeypatch):

@@ -55,9 +55,8 @@ def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["name"] for row in json.loads(capsys.readouterr().out)] == names()
 
 
-def test_a_plan(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(f"{LINE} --dry-run".split()) == 0
-    table = capsys.readouterr().out.splitlines()
+def test_a_plan(folder: Path, cli) -> None:
+    table = cli(f"{LINE} --dry-run").out.splitlines()
     assert [line.split()[0] for line in table[2:6]] == RUNS
     assert all(line.split()[1] == "new" and line.split()[4] == "10" for line in table[2:6])
     assert table[-1].startswith("4 runs, ")
@@ -65,19 +64,17 @@ def test_a_plan(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not Path("runs").exists()
 
 
-def test_runs_are_made_skipped_and_made_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_are_made_skipped_and_made_again(folder: Path, capsys: pytest.CaptureFixture[str], cli) -> None:
     """Neither a loss that is not finite nor an error, which is repeated when its cause is removed, stops the others."""
     # One in this process first: a run of a sweep is an ordinary run.
-    assert main(f"{LINE} --print-commands --only dense-w8".split()) == 0
-    words = shlex.split(capsys.readouterr().out)
+    words = shlex.split(cli(f"{LINE} --print-commands --only dense-w8").out)
     assert words[:2] == ["structlin", "train"]
     assert main(words[1:]) == 0
     capsys.readouterr()
     assert planned(capsys) == dict(zip(RUNS, ["finished", "new", "new", "new"], strict=True))
     before = Path("runs/mine/dense-w8/record.jsonl").read_bytes()
     assert main(f"{LINE} --set width=9 --only dense --dry-run".split()) == 0
-    assert main(f"{LINE} --set lr=0.1 --dry-run".split()) == 2
-    assert "has another configuration: lr was 0.003 and is 0.1" in capsys.readouterr().err
+    assert "has another configuration: lr was 0.003 and is 0.1" in cli(f"{LINE} --set lr=0.1 --dry-run", code=2).err
 
     Path("mine.py").write_text(SWEEP.replace("grid(", "[{}, {'lr': 1e30}, {'lr': 2e-3}], grid("))
     runs = ["dense-w8", *(f"monarch{lr}-w8" for lr in ("", "-lr1e+30", "-lr0.002"))]
@@ -89,12 +86,12 @@ def test_runs_are_made_skipped_and_made_again(folder: Path, capsys: pytest.Captu
     chosen = f"--only {done.name} --only monarch*-w8"
     assert planned(capsys, chosen) == dict(zip(runs, ["finished", "failed", "new", "new"], strict=True))
     # Not started again without the option.
-    assert main(f"{LINE} --print-commands --only {done.name} --only {again.name}".split()) == 1
-    assert capsys.readouterr() == ("", f"structlin sweep: 1 of 2 runs failed: {again.name}; --retry resumes it\n")
-    assert main(f"{LINE} --print-commands --only {done.name}".split()) == 0
-    assert capsys.readouterr() == ("", "structlin sweep: all runs are finished\n")
-    assert main(f"{LINE} --workers 1 {chosen} --retry --quiet".split()) == 1
-    err = capsys.readouterr().err
+    assert cli(f"{LINE} --print-commands --only {done.name} --only {again.name}", code=1) == (
+        "",
+        f"structlin sweep: 1 of 2 runs failed: {again.name}; --retry resumes it\n",
+    )
+    assert cli(f"{LINE} --print-commands --only {done.name}") == ("", "structlin sweep: all runs are finished\n")
+    err = cli(f"{LINE} --workers 1 {chosen} --retry --quiet", code=1).err
     assert "finite" in err or "the loss is" in err
     assert f"{diverges.name}: " in err
     assert f"{blocked.name}: NotADirectoryError" in err
@@ -109,17 +106,17 @@ def test_runs_are_made_skipped_and_made_again(folder: Path, capsys: pytest.Captu
     assert not (again / "failed.json").exists()
     assert json.loads((diverges / "failed.json").read_text())["error"]
     assert "Traceback" in json.loads((blocked / "failed.json").read_text())["traceback"]
-    assert main(f"{LINE} --print-commands --retry {chosen}".split()) == 0
-    assert "--lr 1e+30" in capsys.readouterr().out
+    assert "--lr 1e+30" in cli(f"{LINE} --print-commands --retry {chosen}").out
 
 
-def test_failed_runs_are_named_until_they_are_trained_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_runs_are_named_until_they_are_trained_again(
+    folder: Path, capsys: pytest.CaptureFixture[str], cli
+) -> None:
     """A later command trains nothing, ends with 1 as well, and prints one JSON document if it is asked for."""
     Path("mine.py").write_text(SWEEP.replace("grid(width=[8, 16])", "grid(lr=[3e-3, 1e30], width=[8])"))
     good, bad = "dense-lr0.003-w8", "dense-lr1e+30-w8"
     line = f"{LINE} --workers 1 --only dense*"
-    assert main([*line.split(), "--json"]) == 1
-    out, err = capsys.readouterr()
+    out, err = cli(line, "--json", code=1)
     first = json.loads(out)
     assert first["finished"] == [good]
     assert [*first["failed"]] == [bad]
@@ -139,33 +136,27 @@ def test_failed_runs_are_named_until_they_are_trained_again(folder: Path, capsys
         assert main([*line.split(), "--json", *more.split()]) == 1, more
         assert json.loads(capsys.readouterr().out) == found, more
     # Commands of other runs are given out, and the failed run is named.
-    assert main(f"{LINE} --print-commands --only dense* --only monarch-lr0.003-w8".split()) == 0
-    out, err = capsys.readouterr()
+    out, err = cli(f"{LINE} --print-commands --only dense* --only monarch-lr0.003-w8")
     assert (out.count("\n"), err) == (1, last.replace("of 2", "of 3") + "\n")
 
-    assert main(f"{LINE} --only {good}".split()) == 0
-    out, err = capsys.readouterr()
+    out, err = cli(f"{LINE} --only {good}")
     assert out.splitlines()[-1].startswith("1 run, ")
     assert err == ""
-    assert main(f"{LINE} --only {good} --json".split()) == 0
-    assert json.loads(capsys.readouterr().out) == {"finished": [good], "failed": {}}
+    assert json.loads(cli(f"{LINE} --only {good} --json").out) == {"finished": [good], "failed": {}}
     for name, command in ((bad, "--retry --print-commands"), (good, "--dry-run")):
-        assert main([*f"{LINE} --only {name} --json".split(), *command.split()]) == 0
-        (row,) = json.loads(capsys.readouterr().out)
+        (row,) = json.loads(cli(f"{LINE} --only {name} --json", *command.split()).out)
         assert row["run"] == name
 
 
-def test_many_failed_runs_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_failed_runs_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str], cli) -> None:
     Path("mine.py").write_text(SWEEP.replace("width=[8, 16]", "width=[8], seed=range(6)"))
     for name in planned(capsys):
         Path("runs/mine", name).mkdir(parents=True)
         Path("runs/mine", name, "failed.json").write_text("{")
-    assert main([*LINE.split(), "--quiet"]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = cli(LINE, "--quiet", code=1).err.splitlines()
     assert line.startswith("structlin sweep: 12 of 12 runs failed: dense-w8-seed0, dense-w8-seed1, ")
     assert line.endswith(", and 2 more; --retry resumes them")
-    assert main([*LINE.split(), "--json"]) == 1
-    assert set(json.loads(capsys.readouterr().out)["failed"].values()) == {"failed.json is damaged"}
+    assert set(json.loads(cli(LINE, "--json", code=1).out)["failed"].values()) == {"failed.json is damaged"}
 
 
 def test_the_bar_of_one_run_with_a_large_loss(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,10 +210,9 @@ def test_the_bar_of_one_run_with_a_large_loss(folder: Path, monkeypatch: pytest.
         ("sweep mine.py --set batch_size=60000 --dry-run", "50000 images are less than one batch of 60000"),
     ],
 )
-def test_misuse(line: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_misuse(line: str, message: str, folder: Path, cli) -> None:
     Path("empty.py").write_text("x = 1\n")
-    assert main(line.split()) == 2
-    err = capsys.readouterr().err
+    err = cli(line, code=2).err
     assert message in err
     assert err.count("\n") == 1
     assert not Path("runs").exists()

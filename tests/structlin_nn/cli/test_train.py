@@ -21,19 +21,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_layers_with_more_macs_than_dense_ones_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_layers_with_more_macs_than_dense_ones_are_named(folder: Path, cli) -> None:
     told = "layers with more MACs than dense ones"
     for rank, text in ((16, f"{told}: 7 of 8; input has 49,408, and a dense one 49,152"), (1, None)):
         line = f"train cifar --width 16 --structure low_rank --options rank={rank} {QUICK} --steps 1 --out runs/{rank}"
-        assert main(line.split()) == 0
-        err = capsys.readouterr().err
+        err = cli(line).err
         assert told not in err if text is None else text in err, err
 
 
-def test_on_the_embedded_images(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_the_embedded_images(folder: Path, cli) -> None:
     line = f"train cifar --width 16 --structure monarch {QUICK}"
-    assert main(line.split()) == 0
-    out, err = capsys.readouterr()
+    out, err = cli(line)
     assert "data: fashion-32x32-rgb; training images 10,000, test images 2,000" in err
     assert "monarch 16: 100%" in err
     assert "img/s" in err
@@ -50,32 +48,26 @@ def test_on_the_embedded_images(folder: Path, capsys: pytest.CaptureFixture[str]
     )  # fmt: skip
     assert record.header["config"] == expected.to_dict()
 
-    assert main(line.split()) == 2
-    assert "holds a run already: resume it (--resume), or choose another folder (--out)" in capsys.readouterr().err
-    assert main([*line.split(), "--resume", "--quiet", "--json"]) == 0
-    out, err = capsys.readouterr()
+    assert "holds a run already: resume it (--resume), or choose another folder (--out)" in cli(line, code=2).err
+    out, err = cli(line, "--resume", "--quiet", "--json")
     assert err == ""
     printed = json.loads(out)
     assert printed["test_loss"] == record.evaluations[-1]["test_loss"]
     assert printed["record"] == str(folder / "record.jsonl")
-    assert main([*line.split(), "--resume", "--lr", "1"]) == 2
-    assert "another configuration: lr was 0.003 and is 1.0" in capsys.readouterr().err
+    assert "another configuration: lr was 0.003 and is 1.0" in cli(line, "--resume", "--lr", "1", code=2).err
 
 
-def test_on_cifar_files(folder: Path, small_cifar: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_cifar_files(folder: Path, small_cifar: Path, cli) -> None:
     line = f"train cifar --width 16 {QUICK} --batch-size 25 --out run --data {small_cifar}"
-    assert main(line.split()) == 2
-    assert "data_batch_1.bin" in capsys.readouterr().err
+    assert "data_batch_1.bin" in cli(line, code=2).err
     assert not Path("run").exists()
-    assert main([*line.split(), "--unverified"]) == 0
-    assert "data: cifar10; training images 240, test images 60" in capsys.readouterr().err
+    assert "data: cifar10; training images 240, test images 60" in cli(line, "--unverified").err
     assert read_record("run/record.jsonl").header["data"]["name"] == "cifar10"
 
 
-def test_a_loss_that_is_not_finite(folder: Path, small_cifar: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_loss_that_is_not_finite(folder: Path, small_cifar: Path, cli) -> None:
     line = f"train cifar --width 16 {QUICK} --batch-size 25 --out run --unverified --quiet --lr 1e30"
-    assert main([*line.split(), "--data", str(small_cifar)]) == 1
-    err = capsys.readouterr().err
+    err = cli(line, "--data", small_cifar, code=1).err
     assert "finite" in err or "the loss is" in err
     assert f"the last good checkpoint is {Path('run') / 'checkpoints' / '000000000'}" in err
     assert err.count("\n") == 1
@@ -102,9 +94,8 @@ def test_a_signal(
     assert last.endswith("checkpoint written, resume with --out run --resume")
 
 
-def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--list"]) == 0
-    out, _ = capsys.readouterr()
+def test_the_list(cli) -> None:
+    out, _ = cli("train", "--list")
     assert [line.split()[0] for line in out.splitlines()[2:]] == list(NAMES)
 
 
@@ -126,9 +117,8 @@ def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
         ("cifar --track tensorbord", "tensorbord"),
     ],
 )
-def test_misuse(line: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", *line.split()]) == 2
-    err = " ".join(capsys.readouterr().err.replace("│", " ").split())
+def test_misuse(line: str, message: str, folder: Path, cli) -> None:
+    err = " ".join(cli("train", *line.split(), code=2).err.replace("│", " ").split())
     assert message in err
     assert "Traceback" not in err
     assert list(folder.iterdir()) == []

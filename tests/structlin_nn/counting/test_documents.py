@@ -4,13 +4,12 @@ import csv
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import operations_table
 import pytest
+from helpers.children import output
 
 # The jaxpr does not show the cost of these, or it depends on the positions of the values of two sparse arrays.
 UNKNOWN = {
@@ -29,9 +28,7 @@ def registered() -> dict[str, Any]:
         "unknown = [name for name in names if counting.classify(name) == 'unknown']\n"
         "print(json.dumps({'made': table.made(), 'number': len(names), 'unknown': unknown}))"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(DOCS), os.environ.get("PYTHONPATH", "")])}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    return json.loads(run.stdout)
+    return json.loads(output("-c", code, PYTHONPATH=os.pathsep.join([str(DOCS), os.environ.get("PYTHONPATH", "")])))
 
 
 def test_lists_of_operations(registered: dict[str, Any]) -> None:

@@ -184,7 +184,7 @@ def test_mixup(count, dtype, tolerance):
 
 def test_augmentation_switched_off_is_normalisation():
     images, labels = pixels(5, 3, 8, 9), torch.arange(5)
-    plain = Augmentation(**RECIPE, crop_scale=None, flip=0.0, mixup_alpha=0.0, smoothing=0.0)
+    plain = Augmentation(**RECIPE, crop=False, flip=0.0, mixup_alpha=0.0, smoothing=0.0)
     rng = generator()
     before = rng.get_state()
     found, targets = plain(images, labels, rng)
@@ -231,8 +231,6 @@ def test_augmentation_leaves_global_random_numbers_and_its_input_alone():
         ({"std": (1.0, 1.0)}, "means and positive stds"),
         ({"std": (1.0, 0.0, 1.0)}, "means and positive stds"),
         ({"num_classes": 0}, "num_classes 0 must be positive"),
-        ({"crop_scale": (0.0, 1.0)}, "crop_scale must be"),
-        ({"crop_ratio": (2.0, 1.0)}, "crop_ratio must be"),
         ({"flip": 1.5}, "flip must be from 0 to 1"),
         ({"smoothing": -0.1}, "smoothing must be from 0 to 1"),
         ({"mixup_alpha": -1.0}, "mixup_alpha -1.0 not below 0|mixup_alpha inf"),
@@ -336,7 +334,7 @@ def test_augmentation_is_its_steps_in_order(count):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float64])
 def test_augmentation_of_flips_alone(dtype):
     images = pixels(200, 3, 6, 7) if dtype == torch.uint8 else torch.rand(200, 3, 6, 7, dtype=dtype)
-    plain = Augmentation(**RECIPE, crop_scale=None, mixup_alpha=0.0)
+    plain = Augmentation(**RECIPE, crop=False, mixup_alpha=0.0)
     found, _ = plain(images, torch.zeros(200, dtype=torch.int64), generator(3))
     straight = normalize(images, RECIPE["mean"], RECIPE["std"])
     turned = (found == straight.flip(3)).flatten(1).all(1)

@@ -1,11 +1,10 @@
 """The data set class, the embedded data, and the order of training."""
 
-import subprocess
-import sys
 from importlib.resources import files
 
 import numpy as np
 import pytest
+from helpers.children import output
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,8 +34,7 @@ def toy(**changes):
 def test_loading_does_not_import_torch():
     code = "import sys; from structlin_nn.data import load_images, token_batch; load_images('fashion')"
     code += "; print({'torch', 'jax', 'datasets'} & sys.modules.keys())"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "set()"
+    assert output("-c", code).strip() == "set()"
 
 
 def test_statistics_against_float64():

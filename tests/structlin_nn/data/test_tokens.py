@@ -53,7 +53,6 @@ class TestOpen:
         data = open_tokens(folder)
         assert (data.vocab_size, data.name, data.tokenizer, data.end_of_text) == (300, "toy", "bytes", 256)
         assert token_vocabulary(folder) == 300
-        assert open_tokens(folder, name="other").name == "other"
         with pytest.raises(ValueError, match=r"vocab_size is 400, but .*meta\.json states 300"):
             open_tokens(folder, vocab_size=400)
 

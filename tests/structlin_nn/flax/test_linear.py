@@ -1,9 +1,6 @@
 """StructuredLinear of flax.nnx: against a float64 oracle, against torch, and everything that nnx does to a module."""
 
 import math
-import os
-import subprocess
-import sys
 import textwrap
 
 import jax
@@ -12,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from flax import linen, nnx
+from helpers.children import output
+from helpers.layers import EXAMPLES
 from jax.test_util import check_grads
 
 import structlin
@@ -20,11 +19,6 @@ from structlin_nn.convert import to_flax, to_torch
 from structlin_nn.flax import Index, StructuredLinear
 from structlin_nn.torch import StructuredLinear as TorchLinear
 
-EXAMPLES = [
-    pytest.param(name, shape, options, id=f"{name}-{shape[0]}x{shape[1]}-{number}")
-    for name in structlin.structure_names()
-    for number, (shape, options) in enumerate(structlin.structure_class(name).examples)
-]
 FEW = [
     ("dense", (7, 5), {}),
     ("block_tensor_train", (35, 6), {"rank": 2}),
@@ -292,12 +286,7 @@ def test_in_linen() -> None:
 
 def run_with_two_devices(code: str) -> None:
     """Run a program that sees two CPU devices; the number has to be chosen before jax starts."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_ENABLE_X64": "1"}
-
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    output("-c", textwrap.dedent(code), XLA_FLAGS="--xla_force_host_platform_device_count=2", JAX_ENABLE_X64="1")
 
 
 @pytest.mark.slow
@@ -375,7 +364,7 @@ def test_import_needs_no_torch() -> None:
     sys.meta_path.insert(0, Missing())
     import structlin_nn.convert, structlin_nn.flax
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+    output("-c", textwrap.dedent(code))
 
 
 def test_state_is_that_of_torch() -> None:

@@ -12,13 +12,7 @@ from flax import nnx
 
 from structlin_nn import models
 from structlin_nn.convert import to_flax, to_torch
-from structlin_nn.flax import (
-    ParameterRule,
-    StructuredLinear,
-    optimizer_for,
-    parameter_rates,
-    scale_by_rates,
-)
+from structlin_nn.flax import ParameterRule, StructuredLinear, optimizer_for, parameter_rates, scale_by_rates
 from structlin_nn.models import StructureConfig
 from structlin_nn.models.flax import base_model, build_model
 from structlin_nn.torch import ParameterRule as TorchRule

@@ -462,9 +462,7 @@ class TestStartingWeights:
         with pytest.raises(ValueError, match="the checksum of its tensors differs"):
             fields_of(str(projected), gpt2.Config)
 
-    def test_on_the_command_line(
-        self, projected: Path, text_tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_on_the_command_line(self, projected: Path, text_tokens: Path, tmp_path: Path, cli) -> None:
         from structlin_nn.cli import main
 
         line = f"train gpt2 --data {text_tokens} --init-from {projected} --steps 4 --warmup-steps 1 --batch-size 4"
@@ -473,8 +471,7 @@ class TestStartingWeights:
             ("--width 48", "width is 32 there and 48 here"),
             ("--structure monarch", "structure is 'low_rank' there and 'monarch' here"),
         ):
-            assert main([*line.split(), *more.split()]) == 2
-            assert message in capsys.readouterr().err
+            assert message in cli(line, *more.split(), code=2).err
         assert main([*line.split(), "--structure", "low_rank"]) == 0
         projected.unlink()
         assert main([*line.replace(f"--init-from {projected} ", "").split(), "--resume"]) == 0

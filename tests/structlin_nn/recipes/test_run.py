@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.refusals import refused
 
 import structlin
 import structlin_nn
@@ -381,12 +382,9 @@ class TestFolder:
     def test_nothing_is_left_of_a_run_that_never_began(self, config: Config, options: Options) -> None:
         with pytest.raises(FileNotFoundError):
             train(config, replace(options, data=Path("nowhere")))
-        with pytest.raises(ValueError, match="240 images are less than one batch of 300"):
-            train(config.replace(batch_size=300), options)
-        with pytest.raises(ValueError, match="rank"):
-            train(config.replace(structure="low_rank", options={"rank": 0}), options)
-        with pytest.raises(ValueError, match="device 'cuda:7' does not exist"):
-            train(config.replace(device="cuda:7"), options)
+        refused(ValueError, "240 images are less than one batch of 300", train, config.replace(batch_size=300), options)
+        refused(ValueError, "rank", train, config.replace(structure="low_rank", options={"rank": 0}), options)
+        refused(ValueError, "device 'cuda:7' does not exist", train, config.replace(device="cuda:7"), options)
         assert not options.out.exists()
 
     def test_a_file_in_its_place(self, config: Config, options: Options) -> None:
@@ -417,7 +415,7 @@ class TestTrouble:
         assert read_checkpoint(options.out)[1]["step"] == 0
 
     def test_an_error_of_the_loop_is_no_misuse(
-        self, config: Config, options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self, config: Config, options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cli
     ) -> None:
         """A ValueError in a step: a traceback, and exit code 1; in the options: one line, and 2."""
         from structlin_nn.recipes import cifar
@@ -432,8 +430,7 @@ class TestTrouble:
         told = capsys.readouterr().err
         assert "Traceback" in told
         assert "ValueError: in the loop" in told
-        assert main([*line.split(), "--accumulate", "7"]) == 2
-        told = capsys.readouterr().err
+        told = cli(line, "--accumulate", "7", code=2).err
         assert "cannot be split into 7 parts" in told or "holds a run already" in told
         assert told.count("\n") == 1
 

@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from helpers.refusals import refused
 
 import structlin_nn.configs
 from structlin_nn.cli.train import parse
@@ -20,12 +21,9 @@ class TestOverlays:
         assert grid() == [{}]
 
     def test_mistakes(self) -> None:
-        with pytest.raises(ValueError, match=r"equally many values, got \{'a': 2, 'b': 1\}"):
-            zipped(a=[1, 2], b=[3])
-        with pytest.raises(ValueError, match="a is set by two"):
-            merge([{"a": 1}], [{"a": 2}])
-        with pytest.raises(ValueError, match="has no overlays"):
-            Sweep(name="x", about="", model="cifar-mlp", overlays=[]).runs()
+        refused(ValueError, r"equally many values, got \{'a': 2, 'b': 1\}", zipped, a=[1, 2], b=[3])
+        refused(ValueError, "a is set by two", merge, [{"a": 1}], [{"a": 2}])
+        refused(ValueError, "has no overlays", Sweep(name="x", about="", model="cifar-mlp", overlays=[]).runs)
 
     def test_runs_that_differ_need_names_that_do(self) -> None:
         overlays = [{"structure": "monarch", "options": {}, "width": 8}, {"structure": "monarch", "width": 8.0}]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.refusals import refused
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
@@ -174,16 +175,13 @@ def test_no_layers_have_no_projections() -> None:
 
 def test_wrong_sizes_are_named() -> None:
     up, down = linear(24, 40), linear(40, 24)
-    with pytest.raises(ValueError, match="in_features = 24"):
-        mlp(torch.randn(3, 23), up, down)
+    refused(ValueError, "in_features = 24", mlp, torch.randn(3, 23), up, down)
     with pytest.raises(ValueError, match=r"of the shape of the input, \(3, 24\), got \(3, 12\)"):
         mlp(torch.randn(3, 24), up, linear(40, 12), residual=True)
     with pytest.raises(ValueError, match="unknown activation 'swish'; one of gelu, gelu_tanh, relu, silu"):
         mlp(torch.randn(3, 24), up, down, "swish")
-    with pytest.raises(ValueError, match="do not match"):
-        StructuredMLP(up, linear(24, 40))
-    with pytest.raises(ValueError, match="one entry for each of the 2 layers"):
-        StructuredMLP(up, down, names=("a", "b", "c"))
+    refused(ValueError, "do not match", StructuredMLP, up, linear(24, 40))
+    refused(ValueError, "one entry for each of the 2 layers", StructuredMLP, up, down, names=("a", "b", "c"))
 
 
 @pytest.mark.slow
@@ -229,8 +227,7 @@ def compiled_block(**options: Any) -> tuple[Callable[[Tensor], Tensor], list[Ten
 def agree(call: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], x: Tensor, others: list[Tensor]) -> None:
     x = x.requires_grad_()
     found, expected = (torch.autograd.grad(f(x).sin().sum(), [x, *others]) for f in (other, call))
-    for got, want in zip(found, expected, strict=True):
-        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -285,8 +282,7 @@ def test_a_compiled_graph_without_the_compiler(monkeypatch: pytest.MonkeyPatch) 
     y = compiled(x)
     expected = torch.autograd.grad(call(x).sum(), [x, *parameters])
     monkeypatch.setattr(_execution_blocks, "_failed", Everything())
-    for got, want in zip(torch.autograd.grad(y.sum(), [x, *parameters]), expected, strict=True):
-        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), [x, *parameters]), expected)
     agree(call, compiled, x, parameters)
     assert len(graphs.forward) == 1
     choice.forget()  # which was to run layer after layer
@@ -323,8 +319,7 @@ def test_second_derivatives_of_a_compiled_graph() -> None:
         return torch.autograd.grad(sum(t.square().sum() for t in first), [x, *parameters])
 
     found, expected = second(torch.compile(call, backend="eager", fullgraph=True)), second(call)
-    for got, want in zip(found, expected, strict=True):
-        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(found, expected)
 
 
 def test_batched_gradients_of_a_compiled_graph() -> None:
@@ -354,8 +349,7 @@ def test_a_compiled_step_with_an_activation_checkpoint(kind: str, backend: str) 
         model.zero_grad()
         call()
         found.append([parameter.grad for parameter in model.parameters()])
-    for got, want in zip(*found, strict=True):
-        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*found)
 
 
 def test_operators_of_blocks_check_their_text_and_operands() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
+from helpers.layers import Call
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -17,19 +18,6 @@ from structlin_nn.counting import DEVICES, roofline, training_bytes
 from structlin_nn.torch import Counting, StructuredLinear, UnknownOperationError, count, time_modules
 
 A, B = 4 * 6 * 8, 4 * 8 * 5  # MACs of the layers of two() for four vectors
-
-
-class Call(nn.Module):
-    """A function as a module, with modules by keyword."""
-
-    def __init__(self, function: Callable[..., Any], **parts: Any) -> None:
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *inputs: Any) -> Any:
-        return self.function(self, *inputs)
 
 
 def two() -> nn.Sequential:

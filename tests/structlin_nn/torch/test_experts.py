@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.layers import EACH
 from torch import Tensor, nn
 
-import structlin
 from structlin.testing import dense_matrix
 from structlin_nn import scale_check
 from structlin_nn.torch import (
@@ -35,7 +35,6 @@ from structlin_nn.torch import (
 from structlin_nn.torch._project_calibration import gather
 from structlin_nn.torch.unpack import ExpertLayers
 
-EACH = [(name, *structlin.structure_class(name).examples[0]) for name in structlin.structure_names()]
 PADDED = [("monarch", (10, 21), {"blocks": 3}), ("block_tensor_train", (35, 6), {"rank": 2})]
 EXPERTS = 4
 SIZES = ([3, 0, 1, 2], [2, 2, 2, 2], [0, 0, 5, 0], [0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0])
@@ -267,14 +266,11 @@ def test_layers_are_copied_moved_and_described():
     there = StructuredExperts(EXPERTS, 8, 8, structure="monarch", blocks=2, device="meta").to_empty(device="cpu")
     there.load_state_dict(layer.state_dict())
     assert torch.equal(there(x, SIZES[0]), expected)
+    for sizes in SIZES[:2]:
+        part = torch.randn(8, 16)[: sum(sizes), ::2]
+        assert torch.equal(layer(part, sizes), layer(part.contiguous(), sizes))
     assert repr(layer).startswith(f"StructuredExperts(\n  num_experts={EXPERTS}, in_features=8, out_features=8")
     assert repr(ExpertLinear(2, 3, 4)) == "ExpertLinear(num_experts=2, in_features=3, out_features=4, bias=True)"
-
-
-@pytest.mark.parametrize("sizes", SIZES[:2])
-def test_rows_need_not_be_contiguous(sizes):
-    layer, x = make("monarch", (8, 8), {"blocks": 2}), torch.randn(8, 16)[: sum(sizes), ::2]
-    assert torch.equal(layer(x, sizes), layer(x.contiguous(), sizes))
 
 
 def test_wrong_uses_are_errors():

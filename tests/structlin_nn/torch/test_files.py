@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.layers import EACH
+from helpers.refusals import refused
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -66,17 +68,10 @@ def saved(path: Path) -> tuple[nn.Module, Path]:
     return model, path
 
 
-EXAMPLES = [
-    (name, options)
-    for name in structlin.structure_names()
-    for options in [dict(structlin.structure_class(name).examples[0][1])]
-]
-
-
 class TestRoundTrip:
-    @pytest.mark.parametrize(("name", "options"), EXAMPLES, ids=[name for name, _ in EXAMPLES])
-    def test_every_structure(self, name: str, options: dict[str, Any], path: Path) -> None:
-        d_out, d_in = structlin.structure_class(name).examples[0][0]
+    @pytest.mark.parametrize(("name", "shape", "options"), EACH)
+    def test_every_structure(self, name: str, shape: tuple[int, int], options: dict[str, Any], path: Path) -> None:
+        d_out, d_in = shape
         torch.manual_seed(1)
         layer = StructuredLinear(d_in, d_out, structure=name, **options)
         model = nn.Sequential(layer, nn.Tanh())
@@ -118,15 +113,16 @@ class TestRoundTrip:
         assert same(again, model)
 
     def test_projected_layers_with_ranks_of_their_own(self, path: Path) -> None:
+        def build() -> nn.Sequential:
+            return nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        model = build()
         project_linear(model, "low_rank", mac_fraction=0.4)
         ranks = [layer.options["rank"] for layer in model if isinstance(layer, StructuredLinear)]
         assert len(set(ranks)) > 1
         save_structured(model, path)
-        again = load_structured(
-            nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)), path
-        )
+        again = load_structured(build, path)
         assert [layer.options["rank"] for layer in again if isinstance(layer, StructuredLinear)] == ranks
         assert same(again, model, torch.randn(3, 48))
 
@@ -249,12 +245,9 @@ class TestRefused:
         _, path = saved
         with pytest.raises(ValueError, match=r"torch\.float32 in the file, but torch\.complex64 in the model"):
             load_structured(dense().to(torch.complex64), path)
-        with pytest.raises(ValueError, match="meta device"):
-            load_structured(dense().to("meta"), path)
-        with pytest.raises(TypeError, match=r"a torch\.nn.Module or a function that returns one"):
-            load_structured("model", path)
-        with pytest.raises(TypeError, match=r"must return a torch\.nn.Module, got 3"):
-            load_structured(lambda: 3, path)
+        refused(ValueError, "meta device", load_structured, dense().to("meta"), path)
+        refused(TypeError, r"a torch\.nn.Module or a function that returns one", load_structured, "model", path)
+        refused(TypeError, r"must return a torch\.nn.Module, got 3", load_structured, lambda: 3, path)
         hooked = dense()
         hooked[0].register_forward_hook(lambda *_: None)
         with pytest.raises(ValueError, match="has hooks"):

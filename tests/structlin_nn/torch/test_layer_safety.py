@@ -3,20 +3,15 @@
 Each case is a script in a process of its own, for few tokens and for many, which are run in different ways.
 """
 
-import json
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.children import assert_ran, isolated
 
 from structlin_nn.torch import StructuredLinear
 from structlin_nn.torch.linear import FactorList, values
 
-ISOLATED = Path(__file__).parents[2] / "isolated.py"
 TOKENS = (2, 512)
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -367,30 +362,19 @@ def results():
 
 
 def run(scripts):
-    done = subprocess.run(
-        [sys.executable, "-P", str(ISOLATED)],
-        input=json.dumps(scripts),
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "STRUCTLIN_EXECUTION": "compiled,chunked"},  # the ways that take addresses
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return isolated(scripts, STRUCTLIN_EXECUTION="compiled,chunked")  # the ways that take addresses
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_operands_of_every_kind(name):
-    status, output = results()[name]
-    assert status == 0, f"{'killed by signal' if status < 0 else 'status'} {abs(status)}\n{output}"
+    assert_ran(results()[name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_compiled_autograd(tokens):
     script = START.format(tokens=tokens, gradient=True) + COMPILED_AUTOGRAD
-    ((status, output),) = run({"compiled autograd": script}).values()
-    assert status == 0, output
+    assert_ran(*run({"compiled autograd": script}).values())
 
 
 # -- the list of factors -----------------------------------------------------------------------------------------------

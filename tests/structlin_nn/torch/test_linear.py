@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
+from helpers.layers import EACH, EXAMPLES
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,11 +17,6 @@ from structlin.execution import token_major as _token_major
 from structlin.testing import dense_matrix, random_chain
 from structlin_nn.torch import StructuredLinear
 
-EXAMPLES = [
-    pytest.param(name, shape, options, id=f"{name}-{shape[0]}x{shape[1]}-{number}")
-    for name in structlin.structure_names()
-    for number, (shape, options) in enumerate(structlin.structure_class(name).examples)
-]
 FEW = [
     ("dense", (7, 5), {}),
     ("low_rank", (7, 11), {"rank": 3}),
@@ -30,9 +26,6 @@ FEW = [
     ("toeplitz", (5, 7), {}),
     ("diagonal", (5, 5), {}),
 ]
-
-
-EACH = [(name, *structlin.structure_class(name).examples[0]) for name in structlin.structure_names()]
 
 
 def make(name: str, shape: tuple[int, int], options: dict, **more) -> StructuredLinear:
@@ -84,13 +77,10 @@ def test_agrees_with_nn_linear_on_the_dense_matrix_of_its_operator(name, shape, 
     layer = make(name, shape, options, dtype=torch.float64)
     assert layer.operator.dtype == torch.float64
     x = torch.randn(3, shape[1], dtype=torch.float64, requires_grad=True)
-    y = F.linear(x, layer.operator.to_dense(), layer.bias)
-    torch.testing.assert_close(layer(x), y)
-    leaves = (x, *layer.parameters())
-    for ours, dense in zip(
-        torch.autograd.grad(layer(x).square().sum(), leaves), torch.autograd.grad(y.square().sum(), leaves), strict=True
-    ):
-        torch.testing.assert_close(ours, dense)
+    ours, dense = layer(x), F.linear(x, layer.operator.to_dense(), layer.bias)
+    torch.testing.assert_close(ours, dense)
+    found, wanted = (torch.autograd.grad(y.square().sum(), (x, *layer.parameters())) for y in (ours, dense))
+    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize(("name", "shape", "options"), FEW)
@@ -124,6 +114,12 @@ def test_complex():
     torch.testing.assert_close(layer(x), torch.from_numpy(x.numpy() @ dense.T))
 
 
+def of_leaves(layer: StructuredLinear):
+    """The layer as a function of its input and its parameters."""
+    names = [name for name, _ in layer.named_parameters()]
+    return lambda x, *p: torch.func.functional_call(layer, dict(zip(names, p, strict=True)), (x,))
+
+
 @pytest.mark.parametrize("cap", [False, True])
 @pytest.mark.parametrize(("name", "shape", "options"), FEW)
 def test_gradients(name, shape, options, cap):
@@ -132,12 +128,7 @@ def test_gradients(name, shape, options, cap):
         for number, factor in enumerate(layer.factors):
             factor.mul_(0.7 if number else 1.5)
     x = torch.randn(2, 3, shape[1], dtype=torch.float64, requires_grad=True)
-    names = [n for n, _ in layer.named_parameters()]
-
-    def call(x, *parameters):
-        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
-
-    assert torch.autograd.gradcheck(call, (x, *layer.parameters()), fast_mode=True)
+    assert torch.autograd.gradcheck(of_leaves(layer), (x, *layer.parameters()), fast_mode=True)
 
 
 def test_second_derivatives():
@@ -145,12 +136,8 @@ def test_second_derivatives():
     with torch.no_grad():
         layer.factors[0].mul_(2)
     x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
-    names = [n for n, _ in layer.named_parameters()]
-
-    def call(x, *parameters):
-        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,)).sin()
-
-    assert torch.autograd.gradgradcheck(call, (x, *layer.parameters()), fast_mode=True)
+    call = of_leaves(layer)
+    assert torch.autograd.gradgradcheck(lambda *leaves: call(*leaves).sin(), (x, *layer.parameters()), fast_mode=True)
 
 
 @pytest.mark.parametrize(("name", "shape", "options"), FEW)
@@ -163,8 +150,7 @@ def test_few_and_many_tokens_agree(name, shape, options):
     torch.testing.assert_close(layer(x), expected(layer, x))
     leaves = (x, *layer.parameters())
     together = torch.autograd.grad(layer(x).sin().sum(), leaves)
-    for a, b in zip(together, torch.autograd.grad(sum(p.sin().sum() for p in parts), leaves), strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(together, torch.autograd.grad(sum(p.sin().sum() for p in parts), leaves))
 
 
 def test_parametrised_factors_and_bias():
@@ -201,11 +187,8 @@ def test_cap_holds_in_every_path(name, shape, options, gain):
     torch.testing.assert_close(layer.operator.to_dense(), A)
     torch.testing.assert_close(layer.operator @ x.T, A @ x.T)
     torch.testing.assert_close(layer.operator.T.to_dense(), A.T)
-    torch.testing.assert_close(dense_of_factors(layer), A)
-
-
-def dense_of_factors(layer: StructuredLinear) -> torch.Tensor:
-    return torch.from_numpy(dense_matrix(layer.structure, [f.detach().numpy() for f in layer.effective_factors()]))
+    effective = [f.detach() for f in layer.effective_factors()]
+    torch.testing.assert_close(torch.from_numpy(dense_matrix(layer.structure, effective)), A)
 
 
 def test_cap_bounds_the_rms_by_the_initial_deviation():
@@ -268,11 +251,9 @@ def test_autocast(name, shape, options, cap, tokens, checkpoint):
 
 
 def test_autocast_leaves_float64_alone():
-    layer = make("block_tensor_train", (35, 6), {}, dtype=torch.float64)
-    x = torch.randn(3, 6, dtype=torch.float64)
+    layer, x = make("block_tensor_train", (35, 6), {}, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
-        y = layer(x)
-    torch.testing.assert_close(y, expected(layer, x))
+        torch.testing.assert_close(layer(x), expected(layer, x))
 
 
 # -- initialisation ----------------------------------------------------------------------------------------------------
@@ -402,8 +383,7 @@ def test_structure_of_ones_own():
 
 def test_repr():
     layer = StructuredLinear(6, 35, structure="block_tensor_train", rank=2, rms_cap=True, zero_init=True)
-    first = repr(layer).splitlines()[1].strip()
-    assert first == (
+    assert repr(layer).splitlines()[1].strip() == (
         "in_features=6, out_features=35, bias=True, structure=block_tensor_train rank=2, rms_cap=True, gain=True, "
         "zero_init=True"
     )
@@ -519,7 +499,5 @@ def test_compiled_forward_and_backward(cap, autocast):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 y = call(x)
             y.float().square().mean().backward()
-            results.append((y.detach().float(), [p.grad.clone() for p in model.parameters()]))
-        torch.testing.assert_close(results[0][0], results[1][0], **tolerance)
-        for eager, graph in zip(results[0][1], results[1][1], strict=True):
-            torch.testing.assert_close(eager, graph, **tolerance)
+            results.append([y.detach().float(), *(p.grad.clone() for p in model.parameters())])
+        torch.testing.assert_close(*results, **tolerance)

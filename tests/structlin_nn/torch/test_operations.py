@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.layers import Call
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -27,19 +28,6 @@ UNKNOWN = frozenset({
     "_cslt_sparse_mm_search", "_lstm_mps", "_spsolve", "_triton_multi_head_attention", "_triton_scaled_dot_attention",
     "lstm_mps_backward", "quantized_gru", "quantized_lstm",
 })  # fmt: skip
-
-
-class Call(nn.Module):
-    """A function as a module, with modules and parameters by keyword."""
-
-    def __init__(self, function: Callable[..., Any], **parts: Any) -> None:
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *inputs: Any) -> Any:
-        return self.function(self, *inputs)
 
 
 def counted(function: Callable[..., Any], *inputs: Tensor, **options: Any) -> ModelCount:

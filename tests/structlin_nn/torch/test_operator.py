@@ -1,13 +1,13 @@
 """The operator ``structlin::chain`` against a float64 oracle, and everything that torch asks of an operator."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
+from helpers import layers
+from helpers.children import output
 from torch.utils.flop_counter import FlopCounterMode
 
 import structlin
@@ -18,12 +18,8 @@ from structlin.testing import dense_matrix, random_chain
 from structlin_nn.torch import StructuredLinear
 from structlin_nn.torch._operator import chain, chain_backward, from_text, to_text
 
-EXAMPLES = [
-    pytest.param(structlin.design(name, shape, **options), id=f"{name}-{shape[0]}x{shape[1]}-{number}")
-    for name in structlin.structure_names()
-    for number, (shape, options) in enumerate(structlin.structure_class(name).examples)
-]
-CHAINS = [p for p in EXAMPLES if isinstance(p.values[0], structlin.Structure)]
+EXAMPLES = [structlin.design(name, shape, **options) for name, shape, options in layers.EXAMPLES]
+CHAINS = [structure for structure in EXAMPLES if isinstance(structure, structlin.Structure)]
 FEW = [
     pytest.param(structlin.design(name, shape, **options), id=name)
     for name, shape, options in (
@@ -44,10 +40,6 @@ def arrays(structure: AbstractStructure, tokens: int = 4, dtype: str = "float64"
     return x, [f.requires_grad_() for f in factors]
 
 
-def leaves(x, factors):
-    return (x, *factors)
-
-
 def caller(structure):
     """The operator as a function of the leaves."""
 
@@ -62,11 +54,10 @@ def test_values_and_gradients(structure):
         y = chain(x, factors, to_text(structure))
         torch.testing.assert_close(y, x @ A.T)
         weight = torch.randn_like(y)
-        found = torch.autograd.grad((y * weight).sum(), leaves(x, factors))
-        wanted = torch.autograd.grad((structure.apply(factors, x) * weight).sum(), leaves(x, factors))
+        found = torch.autograd.grad((y * weight).sum(), (x, *factors))
+        wanted = torch.autograd.grad((structure.apply(factors, x) * weight).sum(), (x, *factors))
         torch.testing.assert_close(found[0], weight @ A)
-        for ours, theirs in zip(found, wanted, strict=True):
-            torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("number", [12, pytest.param(40, marks=pytest.mark.slow)])
@@ -77,37 +68,35 @@ def test_values_and_gradients_of_any_chain(number):
         x, factors = arrays(structure, 3, seed=seed)
         y = chain(x, factors, to_text(structure))
         torch.testing.assert_close(y, x @ torch.from_numpy(dense_matrix(structure, factors)).T)
-        found = torch.autograd.grad(y.sin().sum(), leaves(x, factors))
-        wanted = torch.autograd.grad(structure.apply(factors, x).sin().sum(), leaves(x, factors))
-        for ours, theirs in zip(found, wanted, strict=True):
-            torch.testing.assert_close(ours, theirs)
+        found = torch.autograd.grad(y.sin().sum(), (x, *factors))
+        wanted = torch.autograd.grad(structure.apply(factors, x).sin().sum(), (x, *factors))
+        torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("structure", FEW)
 def test_any_selection_of_gradients(structure):
     x, factors = arrays(structure)
-    every = leaves(x, factors)
+    every = (x, *factors)
     wanted = torch.autograd.grad(structure.apply(factors, x).sin().sum(), every)
     for mask in range(1, 2 ** len(every)):
         for number, leaf in enumerate(every):
             leaf.requires_grad_(bool(mask >> number & 1))
         chosen = [leaf for leaf in every if leaf.requires_grad]
         found = torch.autograd.grad(chain(x, factors, to_text(structure)).sin().sum(), chosen)
-        for ours, theirs in zip(found, [w for n, w in enumerate(wanted) if mask >> n & 1], strict=True):
-            torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(found, [w for n, w in enumerate(wanted) if mask >> n & 1])
 
 
 @pytest.mark.parametrize("structure", FEW)
 def test_complex(structure):
     x, factors = arrays(structure, dtype="complex128")
-    assert torch.autograd.gradcheck(caller(structure), leaves(x, factors), fast_mode=True)
+    assert torch.autograd.gradcheck(caller(structure), (x, *factors), fast_mode=True)
 
 
 @pytest.mark.parametrize("structure", CHAINS)
 def test_second_derivatives(structure):
     x, factors = arrays(structure, 2)
     call = caller(structure)
-    every = leaves(x, factors)
+    every = (x, *factors)
     assert torch.autograd.gradcheck(call, every, fast_mode=True)
     assert torch.autograd.gradgradcheck(lambda *given: call(*given).sin(), every, fast_mode=True)
 
@@ -122,8 +111,7 @@ def test_third_derivatives():
         return torch.autograd.grad(second.sin().sum(), (x, *factors))
 
     found = third(lambda x, f: chain(x, f, to_text(structure)))
-    for ours, theirs in zip(found, third(lambda x, f: structure.apply(f, x)), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(found, tuple(third(lambda x, f: structure.apply(f, x))))
 
 
 def test_several_gradients_at_once():
@@ -206,8 +194,7 @@ def test_the_contractions_own_backward_pass():
             chain_of(structure).chunked.backward(gy, plain[0], plain[1:], [*needs, False])
         found = chain_backward(gy, plain[0], plain[1:], to_text(structure), needs)
         assert counter.get_total_flops() == 2 * 700 * gradient_macs(structure, needs)
-        for ours, theirs in zip(found, chain_gradients(structure, gy, plain[0], plain[1:], needs), strict=True):
-            torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(found, tuple(chain_gradients(structure, gy, plain[0], plain[1:], needs)))
 
 
 # -- text --------------------------------------------------------------------------------------------------------------
@@ -255,13 +242,20 @@ def saved(layer, x):
     return kept
 
 
+def checkpointed(name, size):
+    """A layer with checkpoints, and one without that has its parameters."""
+    torch.manual_seed(0)
+    layer, plain = (
+        StructuredLinear(size, size, structure=name, checkpoint=c, dtype=torch.float64) for c in (True, False)
+    )
+    plain.load_state_dict(layer.state_dict())
+    return layer, plain
+
+
 @pytest.mark.parametrize("tokens", [1, 700])
 @pytest.mark.parametrize("name", ["block_tensor_train", "kronecker", "tensor_train", "low_rank", "butterfly"])
 def test_checkpoint_keeps_only_the_input(name, tokens):
-    torch.manual_seed(0)
-    layer = StructuredLinear(32, 32, structure=name, checkpoint=True, dtype=torch.float64)
-    plain = StructuredLinear(32, 32, structure=name, dtype=torch.float64)
-    plain.load_state_dict(layer.state_dict())
+    layer, plain = checkpointed(name, 32)
     assert "checkpoint=True" in repr(layer)
     x = torch.randn(tokens, 32, dtype=torch.float64, requires_grad=True)
     kept = [x, *layer.factors]
@@ -272,16 +266,12 @@ def test_checkpoint_keeps_only_the_input(name, tokens):
     for one in (layer, plain):
         y = one(x)
         results.append((y, *torch.autograd.grad(y.sin().sum(), (x, *one.parameters()))))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("name", ["toeplitz", "circulant", "diagonal", "permutation"])
 def test_checkpoint_of_what_is_no_chain(name):
-    torch.manual_seed(0)
-    layer = StructuredLinear(9, 9, structure=name, checkpoint=True, dtype=torch.float64)
-    plain = StructuredLinear(9, 9, structure=name, dtype=torch.float64)
-    plain.load_state_dict(layer.state_dict())
+    layer, plain = checkpointed(name, 9)
     x = torch.randn(2, 9, dtype=torch.float64, requires_grad=True)
     if name in ("toeplitz", "circulant"):
         assert any("complex" in str(t.dtype) for t in saved(plain, x))
@@ -290,8 +280,7 @@ def test_checkpoint_of_what_is_no_chain(name):
     for one in (layer, plain):
         (gx,) = torch.autograd.grad(one(x).sin().sum(), x, create_graph=True)
         results.append((gx, *torch.autograd.grad(gx.square().sum(), (x, *one.factors))))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
@@ -379,8 +368,7 @@ def test_checkpointed_layer_traces_as_one_graph(name, cap):
         found, wanted = (
             torch.autograd.grad(call(x).sin().sum(), (x, *layer.parameters())) for call in (compiled, layer)
         )
-        for ours, theirs in zip(found, wanted, strict=True):
-            torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(found, wanted)
     assert counter.frame_count == 1
     if isinstance(layer.structure, structlin.Structure) and name != "dense":
         assert any("structlin.chain" in str(node.target) for node in counter.graphs[0].graph.nodes)
@@ -397,8 +385,7 @@ def test_many_tokens_are_one_node_of_a_compiled_graph(name, dynamic):
         x = torch.randn(tokens, 1024, requires_grad=True)
         leaves = (x, *layer.parameters())
         found, wanted = (torch.autograd.grad(call(x).sin().sum(), leaves) for call in (compiled, layer))
-        for ours, theirs in zip(found, wanted, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
     nodes = [any("structlin.chain" in str(n.target) for n in graph.graph.nodes) for graph in counter.graphs]
     if name == "low_rank":  # as fast by single products
         assert not any(nodes)
@@ -467,9 +454,7 @@ def test_export_is_read_by_another_process(checkpoint, tmp_path):
     exported(layer, tmp_path / "layer.pt2")
     x = torch.randn(2, 5, 21)
     torch.save((x, layer(x).detach()), tmp_path / "data.pt")
-    command = [sys.executable, "-c", READ, str(tmp_path), "structlin" if checkpoint else "alone"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.stdout == "agrees\n", done.stderr
+    assert output("-c", READ, tmp_path, "structlin" if checkpoint else "alone") == "agrees\n"
 
 
 @pytest.mark.slow
@@ -492,5 +477,4 @@ def test_compiled_with_inductor(cap):
         for call in (model, compiled):
             y = call(x)
             results.append((y, *torch.autograd.grad(y.square().mean(), (x, *model.parameters()))))
-        for eager, graph in zip(*results, strict=True):
-            torch.testing.assert_close(eager, graph, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)

@@ -134,3 +134,12 @@ def test_calibration_sees_the_inputs_of_weights_that_parents_read(way):
     torch.testing.assert_close(found[model.head], weight @ found[model.inner] @ weight.T, rtol=1e-5, atol=1e-5)
     report = project_linear(model, "low_rank", rank=4, layers="all", calibration=data)
     assert report.layers[0].output_error is not None
+
+
+def test_a_parametrized_layer_is_named_as_such():
+    """Its own originals are no other owners of a tied parameter."""
+    model = nn.Sequential(nn.Linear(12, 8), nn.utils.parametrizations.weight_norm(nn.Linear(8, 6)), nn.Linear(6, 2))
+    with pytest.raises(ValueError, match="layer '1' has parametrizations, which would be lost"):
+        project_linear(model, "low_rank", rank=2, layers="1")
+    report = project_linear(model, "low_rank", rank=2)
+    assert "layer '1' has parametrizations" in str(report)

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from helpers.layers import Tied, losses, structured
 from torch import nn
 from torch.nn import functional as F
 
@@ -57,10 +58,6 @@ VIT_LAYERS = (
 )
 
 
-def structured(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, StructuredLinear)]
-
-
 @pytest.mark.parametrize(
     ("layers", "exclude", "chosen"),
     [
@@ -97,15 +94,8 @@ def test_small_vit_trains():
         p.numel() for m in model.modules() if isinstance(m, StructuredLinear) for p in m.parameters()
     )
     x, labels = torch.randn(32, 5, 16), torch.randint(0, 10, (32,))
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(30):
-        loss = F.cross_entropy(model(x), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
+    first, *_, last = losses(torch.optim.Adam(model.parameters(), 1e-2), lambda: F.cross_entropy(model(x), labels), 30)
+    assert last < 0.5 * first
 
 
 def test_report():
@@ -196,35 +186,19 @@ def test_module_at_two_places_is_excluded_by_either_name(exclude):
     assert [r.names for r in report.layers] == [("inner.own",), ("head",)]
 
 
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(30, 12)
-        self.hidden = nn.Linear(12, 12)
-        self.head = nn.Linear(12, 30, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, x):
-        return self.head(self.hidden(self.embedding(x)))
-
-
 def test_tied_weights():
-    model = Tied()
-    before = model.hidden
+    model = Tied(30, 12)
+    before = model.body
     with pytest.raises(ValueError, match=r"layer 'head' shares embedding.weight"):
         replace_linear(model, "low_rank", layers="all")
-    assert model.hidden is before
+    assert model.body is before
     report = replace_linear(model, "low_rank", layers="all", shared_weights="skip")
-    assert structured(model) == ["hidden"]
+    assert structured(model) == ["body"]
     assert report.skipped == (("head", "shares embedding.weight"),)
     assert "left alone: head" in str(report)
     assert model.head.weight is model.embedding.weight
-    assert structured(model) == ["hidden"]
     with pytest.raises(ValueError, match=r"no selected layer can be replaced \(head: shares embedding.weight"):
         replace_linear(model, "low_rank", layers="head", shared_weights="skip")
-
-
-def test_tied_bias_and_tied_linear_layers():
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3))
     model[1].bias = model[0].bias
     with pytest.raises(ValueError, match=r"'0' shares 1.bias"):
@@ -336,15 +310,8 @@ def test_gpt2_of_transformers(gpt2, layers, shared):
 def test_replaced_gpt2_trains_generates_and_is_saved(gpt2, tmp_path):
     replace_linear(gpt2, "block_tensor_train", layers="transformer.h.*", zero_init="*.c_proj")
     ids = torch.randint(0, 50, (4, 12))
-    optimizer = torch.optim.Adam(gpt2.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(25):
-        loss = gpt2(ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
+    first, *_, last = losses(torch.optim.Adam(gpt2.parameters(), lr=1e-2), lambda: gpt2(ids, labels=ids).loss, 25)
+    assert last < 0.5 * first
     gpt2.eval()
     gpt2.generation_config.pad_token_id = 0
     made = gpt2.generate(ids[:, :4], max_new_tokens=3, min_new_tokens=3, do_sample=False)

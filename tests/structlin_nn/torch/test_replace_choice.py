@@ -4,11 +4,11 @@ import warnings
 
 import pytest
 import torch
+from helpers.layers import structured
 from torch import nn
 
 import structlin
 from structlin_nn.torch import (
-    StructuredLinear,
     StructuredPointwise,
     load_structured,
     parameter_groups,
@@ -40,10 +40,6 @@ class Net(nn.Module):
         self.blocks = nn.ModuleList(Block() for _ in range(2))
         if head:
             self.head = nn.Linear(12, 5)
-
-
-def structured(model) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, StructuredLinear)]
 
 
 BLOCKS = [f"blocks.{i}.fc{k}" for i in (0, 1) for k in (1, 2)]

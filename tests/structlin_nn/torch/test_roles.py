@@ -1,26 +1,14 @@
 """What a parameter is that no layer of torch's own holds: tables, vectors, recurrent weights, experts."""
 
 import re
-from collections import Counter
 
 import pytest
 import torch
+from helpers.layers import assert_covers, decays, multipliers
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from structlin_nn.torch import ParameterRule, StructuredLinear, parameter_groups
-
-
-def multipliers(groups) -> dict[str, float]:
-    return {name: group["multiplier"] for group in groups for name in group["names"]}
-
-
-def decays(groups) -> dict[str, float]:
-    return {name: group["weight_decay"] for group in groups for name in group["names"]}
-
-
-def assert_covers(groups, model) -> None:
-    assert Counter(id(p) for g in groups for p in g["params"]) == Counter(id(p) for p in model.parameters())
 
 
 class Positions(nn.Module):

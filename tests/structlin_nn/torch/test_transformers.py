@@ -2,20 +2,14 @@
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from helpers.children import output
+from helpers.layers import structured
 from torch import nn
 
-from structlin_nn.torch import (
-    StructuredLinear,
-    project_linear,
-    replace_linear,
-    to_dense_linear,
-    trainer_optimizer,
-)
+from structlin_nn.torch import StructuredLinear, project_linear, replace_linear, to_dense_linear, trainer_optimizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -40,10 +34,6 @@ def replaced(*args, structure="low_rank", **options):
     model = build(*args)
     replace_linear(model, structure, layers=options.pop("layers", "*.[0-9]*"), **{"rank": 3, **options})
     return model
-
-
-def structured(model) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, StructuredLinear)]
 
 
 def same(model, other, **inputs) -> bool:
@@ -140,16 +130,12 @@ def test_config_says_what_the_model_is(tmp_path):
     assert described["quant_method"] == "structlin"
     assert sum(len(layer["names"]) for layer in described["layers"]) == 8
     assert len(described["layers"]) == 4  # layers that are alike are described together
-    project_linear(to_dense(model), "monarch", blocks=2, layers="*.c_fc")
+    to_dense_linear(model)
+    project_linear(model, "monarch", blocks=2, layers="*.c_fc")
     assert [layer["structure"] for layer in model.config.quantization_config.layers] == ["monarch"]
     to_dense_linear(model)
     assert not hasattr(model.config, "quantization_config")
     model.config.to_dict()
-
-
-def to_dense(model):
-    to_dense_linear(model)
-    return model
 
 
 def test_models_inside_of_a_model(tmp_path):
@@ -220,8 +206,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
 print(type(model.transformer.h[0].mlp.c_fc).__name__, sum(p.numel() for p in model.parameters()))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == ["StructuredLinear", str(sum(p.numel() for p in model.parameters()))], done.stderr
+    assert output("-c", code).split() == ["StructuredLinear", str(sum(p.numel() for p in model.parameters()))]
 
 
 def test_configurations_that_do_not_fit(tmp_path):

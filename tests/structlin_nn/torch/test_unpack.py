@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from helpers.layers import losses
 from torch import nn
 
 from structlin_nn.torch import (
@@ -66,16 +67,9 @@ def test_experts_train_and_are_loaded_with_structured_layers(kind, tmp_path):
     assert [row.experts for row in report.layers] == [4] * 4
     for row in report.layers:
         assert row.params_before - row.params_after == 4 * (row.macs_before - row.structure.num_params)
-    groups = parameter_groups(model, lr=1e-2)
-    optimizer = torch.optim.AdamW(groups)
-    losses = []
-    for _ in range(8):
-        loss = model.train()(input_ids=TOKENS, labels=TOKENS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
+    first, *_, last = losses(optimizer, lambda: model.train()(input_ids=TOKENS, labels=TOKENS).loss, 8)
+    assert last < first
     model.eval().save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
     assert isinstance(again.model.layers[1].mlp.experts.down_proj, StructuredExperts)

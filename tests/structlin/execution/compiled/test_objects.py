@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers.children import output
 
 from structlin.execution.compiled import _objects, _target
 from structlin.execution.compiled._ir import Code
@@ -81,15 +80,9 @@ print([t.double().sum().item() for t in found])
 
 def test_another_process_compiles_nothing() -> None:
     """The text of a module does not depend on the order of sets; the results are equal."""
-    found = [
-        subprocess.run(
-            [sys.executable, "-c", CHILD, kind], capture_output=True, text=True, check=True,
-            env={**os.environ, "PYTHONHASHSEED": seed},
-        ).stdout
-        for kind, seed in (("compiled", "1"), ("stored", "2"))
-    ]  # fmt: skip
-    assert found[0] == found[1]
-    assert found[0].count(",") == 3
+    compiled, stored = (output("-c", CHILD, k, PYTHONHASHSEED=seed) for k, seed in (("compiled", "1"), ("stored", "2")))
+    assert compiled == stored
+    assert compiled.count(",") == 3
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:40] + bytes([b[40] ^ 1]) + b[41:], lambda b: b""])

@@ -126,8 +126,7 @@ def test_threads(kept, most, monkeypatch):
             found.append((y, *chain.backward(gy, x, factors, [True] * 4, held)))
         finally:
             torch.set_num_threads(before)
-    for one, two in zip(*found, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(*found, rtol=1e-13, atol=1e-13)
 
 
 @settings(deadline=None)
@@ -148,8 +147,7 @@ def test_any_sizes(sizes, tokens):
     wanted = (y + bias, *torch.autograd.grad(y, doubles, gy), gy.sum(0))
     with torch.no_grad():
         found = (chain.forward(x, factors, bias), *chain.backward(gy, x, factors, [True] * 4))
-    for got, exact in zip(found, wanted, strict=True):
-        torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

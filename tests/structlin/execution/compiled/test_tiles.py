@@ -1,17 +1,15 @@
 """Passes by tiles (AMX) against float64, with tiles emulated in memory; and the instructions that are made for them."""
 
 import ctypes
-import importlib.util
 import math
 import re
-import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import emulated_tiles as emulated
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -30,16 +28,6 @@ from structlin.execution.compiled.passes import FusedChain
 from structlin.execution.products import products
 from structlin.execution.torch_cpu import chain_of
 
-
-def _imported(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-emulated = _imported("emulated_tiles")
 pytestmark = pytest.mark.skipif(host() is None, reason="nothing is compiled here")
 TARGET = with_tiles(AVX512_BF16)
 TOLERANCE = 0.008  # of bfloat16, relative
