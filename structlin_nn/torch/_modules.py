@@ -15,6 +15,7 @@ from structlin_nn.torch.linear import StructuredLinear
 from structlin_nn.torch.pointwise import StructuredPointwise
 
 Module = TypeVar("Module", bound=nn.Module)
+_CONV1D = "replaces_conv1d"  # attribute of a structured layer in the place of a Conv1D of transformers
 _listeners: list[Callable[[nn.Module], None]] = []
 
 
@@ -135,7 +136,29 @@ def structured_kind(old: nn.Module) -> Callable[..., StructuredLinear]:
         return partial(StructuredExperts, experts)
     if isinstance(old, StructuredPointwise) or pointwise_sizes(old) is not None:
         return StructuredPointwise.like(old)
-    return StructuredLinear
+    return _like_conv1d if is_conv1d(old) or getattr(old, _CONV1D, False) else StructuredLinear
+
+
+def _like_conv1d(*args: Any, **options: Any) -> StructuredLinear:
+    made = StructuredLinear(*args, **options)
+    setattr(made, _CONV1D, True)
+    return made
+
+
+def dense_kind(old: StructuredLinear, weight: torch.Tensor) -> nn.Module:
+    """Return the dense layer for the place of ``old``, with a weight (out, in), and a bias on the meta device.
+
+    It is of the kind that the structured layer replaced, which the code of the model builds when it loads a file.
+    """
+    if isinstance(old, StructuredPointwise):
+        return old.to_convolution(weight)
+    made: Any = dense_layer(num_experts(old), old.in_features, old.out_features, old.bias is not None, weight.dtype)
+    if getattr(old, _CONV1D, False) and old.bias is not None:
+        with torch.device("meta"):
+            made = sys.modules["transformers.pytorch_utils"].Conv1D(old.out_features, old.in_features)
+        weight = weight.mT.contiguous()
+    made.weight = nn.Parameter(weight)
+    return made
 
 
 def as_before(old: nn.Module, new: Module) -> Module:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from operator import attrgetter
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -45,7 +44,7 @@ def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
         if isinstance(module, StructuredLinear):
-            inside |= set(module.children())
+            inside |= {*module.children(), *module.factors.modules()}  # with parametrizations of factors
             yield name, module
         elif module not in inside and next(module.parameters(recurse=False), None) is not None:
             yield name, module
@@ -146,7 +145,8 @@ def matrices(module: nn.Module) -> dict[str, Matrices]:
     elif packed := experts(module):
         for name, e in packed.items():
             found[name] = Matrices((0, 2, 1) if e.transposed else (0, 1, 2), e.number, e.fan_out, e.fan_in)
-    return {name: m for name, m in found.items() if m is not None and not attrgetter(name)(module).is_complex()}
+    held = dict(module.named_parameters(remove_duplicate=False))  # without pruned and parametrized ones
+    return {name: m for name, m in found.items() if m is not None and name in held and not held[name].is_complex()}
 
 
 def kind(module: nn.Module, name: str, parameter: Tensor) -> str | None:

@@ -94,7 +94,7 @@ def _look(optimizer: Optimizer, first: bool) -> None:
               "layers are not trained. Create the optimiser after the replacement")  # fmt: skip
     without, foreign = 0, 0
     for layer in list(_layers):
-        trainable = [p for p in layer.factors if p.requires_grad]
+        trainable = [p for p in layer.factors.parameters() if p.requires_grad]
         held = [groups[id(p)] for p in trainable if id(p) in groups]
         if any("multiplier" not in group for group in held) and not _is_plain(layer):
             without += 1
@@ -117,7 +117,8 @@ def _look_for_the_untrained(optimizer: Optimizer) -> None:
     missing = 0
     for layer in list(_layers):
         if any(id(p) in own for p in layer.parameters()):
-            missing += any(p.requires_grad and p.grad is not None and id(p) not in all_held for p in layer.factors)
+            graded = [p for p in layer.factors.parameters() if p.requires_grad and p.grad is not None]
+            missing += any(id(p) not in all_held for p in graded)
     if missing:
         _warn(f"{type(optimizer).__name__} has only some of the parameters of {_layers_of(missing)}, and no optimiser "
               "has the others, which are not trained")  # fmt: skip
@@ -174,15 +175,16 @@ def _ignored(optimizer: Optimizer) -> None:
 
 def _spread(groups: Sequence[Mapping[str, Any]]) -> str:
     """Return a description of the rates that contradict their multipliers; "" if there are none."""
-    found: dict[bool, tuple[float, float]] = {}
+    found: dict[tuple[Any, bool], tuple[float, float]] = {}
     for group in groups:
         multiplier, rate = group.get("multiplier"), group["lr"]
         if not multiplier or isinstance(rate, Tensor):  # reading a tensor can wait for the device
             continue
         own = rate / multiplier
-        by_adam = group.get("matrices", False) is None  # Muon and its Adam have one rate each
-        low, high = found.get(by_adam, (math.inf, -math.inf))
-        found[by_adam] = min(low, own), max(high, own)
+        # Calls of parameter_groups with other rates may share an optimiser; Muon and its Adam have one rate each.
+        key = group.get("base_lr"), group.get("matrices", False) is None
+        low, high = found.get(key, (math.inf, -math.inf))
+        found[key] = min(low, own), max(high, own)
     for low, high in found.values():
         if high - low > SPREAD * abs(high):
             return f"lr / multiplier is between {low:.4g} and {high:.4g}"

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from structlin.execution._guard import transforming
 from structlin.execution.blocks import torch_block, trains
@@ -183,8 +185,9 @@ def fuse_mlps(model: nn.Module) -> dict[str, str]:
     ``up_proj``, ``down_proj`` and ``gate_proj`` (Llama, Mistral, Qwen). They may also contain an activation function,
     dropout and identities. Names of parameters do not change.
 
-    An MLP is not replaced if its activation function is not in :data:`ACTIVATIONS`, if it has hooks or dropout between
-    its layers, or if its output for random input differs from that of its layers and activation function.
+    An MLP is not replaced if its activation function is not in :data:`ACTIVATIONS`, if it or a module in it that is not
+    a layer has hooks, if it draws random numbers in training other than by one dropout after its last layer, or if its
+    output for random input differs from that of its layers and activation function.
 
     Returns
     -------
@@ -221,12 +224,10 @@ def _is_layer(module: Any) -> bool:
 
 def _fused(module: nn.Module, names: tuple[str, ...]) -> StructuredMLP | str:
     """Return the block that replaces a module, or the reason why there is none."""
-    if any(getattr(module, hooks) for hooks in _HOOKS):
-        return "it has hooks, which would be lost"
-    if "forward" in module.__dict__:
-        return "its forward was replaced, which would be lost"
-    rest = [(name, child) for name, child in module.named_children() if name not in names]
-    others = [child for _, child in rest if not isinstance(child, nn.Dropout | nn.Identity)]
+    rest = [child for name, child in module.named_children() if name not in names]
+    if any(_is_watched(one) for one in (module, *(one for child in rest for one in child.modules()))):
+        return "it has hooks or a forward of its own, which would be lost"
+    others = [child for child in rest if not isinstance(child, nn.Dropout | nn.Identity)]
     if len(others) > 1 or any(p.numel() for child in others for p in child.parameters()):
         return f"it has other modules than its layers: {', '.join(type(child).__name__ for child in others)}"
     layers = [getattr(module, name) for name in names]
@@ -235,19 +236,22 @@ def _fused(module: nn.Module, names: tuple[str, ...]) -> StructuredMLP | str:
     activation = _name_of(function)
     if activation is None:
         return f"its activation function is not one of {', '.join(ACTIVATIONS)}"
-    # Children are registered in the order of their calls, so this finds dropout between the layers.
-    order = [name for name, _ in module.named_children()]
-    dropouts = {name: child.p for name, child in rest if isinstance(child, nn.Dropout) and child.p}
-    if len(dropouts) > 1 or any(order.index(name) < max(map(order.index, names)) for name in dropouts):
-        return "it has dropout between its layers"
     up, down, *gate = layers
     if up.out_features != down.in_features:
         return (f"its layers have {up.out_features} outputs and {down.in_features} inputs, as if one layer had both "
                 "halves of a gated MLP")  # fmt: skip
+    x = torch.randn(3, up.in_features, generator=torch.Generator().manual_seed(0)).to(factor)
+    evaluated = _output(module, x, False)
+    with _Dropouts() as dropouts, _Seeded() as seeded:
+        trained = _output(module, x, True)
+    if evaluated is None or trained is None:
+        return "it cannot be called with vectors"
+    if seeded.any or len(dropouts.calls) > 1 or any(y is not trained for _, y in dropouts.calls):
+        return "it has dropout between its layers, or draws other random numbers in training"
     new = StructuredMLP(
-        up, down, activation, gate=gate[0] if gate else None, names=names, dropout=sum(dropouts.values())
+        up, down, activation, gate=gate[0] if gate else None, names=names, dropout=sum(p for p, _ in dropouts.calls)
     ).train(module.training)
-    if not factor.is_meta and not _agree(module, new, up.in_features, factor):
+    if not x.is_meta and not all(_agree(y, _output(new, x, False)) for y in (evaluated, trained)):
         return "its output differs from that of its layers and its activation function"
     return new
 
@@ -266,21 +270,52 @@ def _name_of(function: Any) -> str | None:
     return next(same, None) if isinstance(y, Tensor) and y.shape == x.shape else None
 
 
-def _agree(old: nn.Module, new: nn.Module, size: int, like: Tensor) -> bool:
-    """Return whether two modules have equal outputs for random vectors, without dropout."""
-    training = old.training, new.training
-    x = torch.randn(3, size, generator=torch.Generator().manual_seed(0)).to(like)
+class _Dropouts(TorchFunctionMode):
+    """Probabilities and results of the dropouts in training, which copy their input meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[float, Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Record a call."""
+        kwargs = kwargs or {}
+        if func is not F.dropout or not kwargs["training"] or not kwargs["p"]:
+            return func(*args, **kwargs)
+        self.calls.append((kwargs["p"], args[0].clone()))
+        return self.calls[-1][1]
+
+
+class _Seeded(TorchDispatchMode):
+    """Whether an operation of torch draws random numbers."""
+
+    any = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at one operation."""
+        self.any |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+def _output(module: nn.Module, x: Tensor, training: bool) -> Tensor | None:
+    """Return the output in training or evaluation; None if there is an error, or no tensor."""
+    modes = {one: one.training for one in module.modules()}
     try:
         with torch.no_grad():
-            expected, found = old.eval()(x), new.eval()(x)
+            y = module.train(training)(x)
     except (RuntimeError, TypeError, ValueError):
-        return False
+        return None
     finally:
-        old.train(training[0])
-        new.train(training[1])
-    if not isinstance(expected, Tensor) or expected.shape != found.shape:
+        for one, mode in modes.items():
+            one.training = mode
+    return y if isinstance(y, Tensor) else None
+
+
+def _agree(expected: Tensor, found: Tensor | None) -> bool:
+    """Return whether two outputs are equal to roundoff."""
+    if found is None or expected.shape != found.shape:
         return False
-    tolerance = 100 * torch.finfo(like.dtype).eps * float(expected.abs().max())
+    tolerance = 100 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
     return bool(torch.allclose(expected, found, rtol=0, atol=max(tolerance, 1e-30)))
 
 

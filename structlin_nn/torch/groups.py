@@ -75,7 +75,8 @@ def parameter_groups(
     Under SGD the groups of a grouped convolution count as blocks. Weights of recurrent layers, of experts (parameters
     with three axes, as in transformers) and of routers have the fans of one gate or one expert. A table that is a plain
     parameter of a module (class tokens, positions, biases by relative position) counts as an embedding or a bias,
-    according to its name. A weight that an embedding and a linear layer share (a tied head) counts as an embedding. Any
+    according to its name. A weight that an embedding and a linear layer share (a tied head) counts as an embedding. A
+    parameter of the shape of a factor, from which pruning or a parametrization computes that factor, has its rule. Any
     other parameter has multiplier 1 if it has the same size at base width, or if there is no base model; otherwise it
     needs an entry of ``rules``. With ``structure_aware=False`` all factors of a layer have the multiplier of the dense
     layer of its size (the naive rule). Under SGD, the multipliers of embeddings, biases and norms in muP increase with
@@ -84,9 +85,9 @@ def parameter_groups(
     With ``optimizer="muon"``, Muon updates the blocks of factors and the weights. Their rate is ``lr`` times
     ``sqrt(fan_out / fan_in) / sqrt(base d_out / base d_in)``, divided by the number of factors
     (:func:`structlin_nn.torch._muon.muon_multiplier`). Adam updates all other parameters with its multipliers and the
-    rate ``adam_lr``: embeddings, vectors, factors without matrices (Toeplitz, circulant), parameters with an entry of
-    ``rules``, and layers in ``adam_layers``, often the head of a classifier. Use these groups with
-    :class:`structlin_nn.torch.Muon`.
+    rate ``adam_lr``: embeddings, vectors, factors without matrices (Toeplitz, circulant), parameters of pruned and
+    parametrized factors, parameters with an entry of ``rules``, and layers in ``adam_layers``, often the head of a
+    classifier. Use these groups with :class:`structlin_nn.torch.Muon`.
 
     All decayed groups have the coefficient ``weight_decay``, as in nanoGPT and in the paper. AdamW and SGD shrink a
     parameter by ``learning rate * weight_decay`` in each step, so groups with larger multipliers decay faster. With
@@ -226,10 +227,16 @@ def _places(layer: str, module: nn.Module, base: nn.Module, optimizer: str, stru
 
     if isinstance(module, StructuredLinear):
         values = factor_multipliers(module.structure, base_fans["weight"], optimizer, structure_aware)
-        for number, (parameter, value) in enumerate(zip(module.factors, values, strict=True)):
-            yield place(f"factors.{number}", parameter, "factor", value)
-        for number, parameter in enumerate(module.gains or ()):
-            yield place(f"gains.{number}", parameter, "gain", 1.0)
+        specs = [spec for spec in module.structure.factors if spec.trainable]
+        for number, (spec, value) in enumerate(zip(specs, values, strict=True)):
+            for name, parameter in module.factors.parameters_of(number):
+                if name == str(number) or parameter.shape == (*module._lead, *spec.shape):
+                    yield place(f"factors.{name}", parameter, "factor", value)
+                else:  # of a parametrization, such as the norms of weight normalisation
+                    kind = kind_of(module.factors, name, parameter)
+                    yield place(f"factors.{name}", parameter, kind, 1.0 if kind else None)
+        for name, parameter in () if module.gains is None else module.gains.named_parameters(recurse=False):
+            yield place(f"gains.{name}", parameter, "gain", 1.0)
     for name, parameter in module.named_parameters(recurse=False):
         if name in fans:
             yield place(name, parameter, "weight", dense_multiplier(fans[name], base_fans[name], optimizer))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +68,11 @@ class FactorList(nn.ParameterList):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module; ``nn.ParameterList`` itself cannot be called."""
         return nn.Module.__call__(self, *args, **kwargs)
+
+    def parameters_of(self, number: int) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters that determine a factor, by name: itself, or those of pruning or a parametrization."""
+        own = re.compile(rf"(parametrizations\.)?{number}([._].*)?")
+        return ((name, parameter) for name, parameter in self.named_parameters() if own.fullmatch(name))
 
     def _get_name(self) -> str:
         return "ParameterList"  # so that the repr is that of a ParameterList

@@ -15,11 +15,10 @@ from structlin.projection import Settings
 from structlin.structure import AbstractStructure
 from structlin_nn._patterns import Patterns
 from structlin_nn._replacement import names_of
-from structlin_nn.torch._modules import changed, check_model, dense_layer, num_experts, places_of, put
+from structlin_nn.torch._modules import changed, check_model, dense_kind, places_of, put
 from structlin_nn.torch._project_calibration import Forward, gather
 from structlin_nn.torch._project_layers import Choice, LayerProjection, ProjectionReport, StructureOf, Task, dense_of
 from structlin_nn.torch.linear import StructuredLinear
-from structlin_nn.torch.pointwise import StructuredPointwise
 from structlin_nn.torch.replace import Selection, _check_is_called, _owners, as_structure, install, others_of, selected
 from structlin_nn.torch.unpack import pack_linear, unpacked
 
@@ -185,6 +184,7 @@ def project_linear(
 def to_dense_linear(model: nn.Module) -> tuple[str, ...]:
     """Replace every :class:`StructuredLinear` in ``model``, in place, by an ``nn.Linear`` that computes the same.
 
+    A layer that replaced a Conv1D of transformers or a convolution becomes one again, so that files fit the model.
     The weight is computed in float64, with caps and gains, and rounded once to the dtype of the factors. Bias, device
     and training mode do not change. The weight requires a gradient if any factor does. A module that is used at several
     places is replaced by one layer. Experts and attention that were unpacked are packed again. All checks precede the
@@ -248,11 +248,7 @@ def _dense_layer(name: str, layer: StructuredLinear) -> nn.Module:
     weight = torch.from_numpy(np.ascontiguousarray(dense_of(layer))).to(like.device, dtype)
     if not torch.isfinite(weight).all():
         raise ValueError(f"the weight of layer {name!r} is not finite in {dtype}")
-    if isinstance(layer, StructuredPointwise):
-        new: Any = layer.to_convolution(weight)
-    else:
-        new = dense_layer(num_experts(layer), layer.in_features, layer.out_features, layer.bias is not None, dtype)
-        new.weight = nn.Parameter(weight)
+    new: Any = dense_kind(layer, weight)
     new.weight.requires_grad_(any(f.requires_grad for f in layer.factors))
     if layer.bias is not None:
         new.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)

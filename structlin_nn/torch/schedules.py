@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from structlin_nn.torch.groups import parameter_groups
 __all__ = ["MuAdamW", "MultiplierScheduler", "RatesWarning", "trainer_optimizer", "with_multipliers"]
 
 _RULE = ("structure_aware", "extra_multipliers", "rules", "decay", "independent_decay")
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # entries of a group that schedulers write, and read to continue
+_MOMENTA = ("betas", "momentum", "base_momentum", "max_momentum")  # cyclic schedules change them too
 
 
 class MuAdamW(torch.optim.AdamW):
@@ -66,10 +69,16 @@ class MultiplierScheduler(LRScheduler):
         bases = dict.fromkeys(map(self._base, groups))
         self._keys = [list(bases).index(self._base(group)) for group in groups]
         shown = [copy.copy(groups[self._keys.index(number)]) for number in range(len(bases))]
-        for group, (rate, _) in zip(shown, bases, strict=True):
-            group.pop("initial_lr", None)
+        resumed = _resumes(make, args, kwargs)
+        for number, (group, (rate, _)) in enumerate(zip(shown, bases, strict=True)):
+            for name in ("names", *_RATES):
+                group.pop(name, None)
             group.update(params=[nn.Parameter(torch.zeros(()))], lr=rate)
-            group.pop("names", None)
+            if resumed:  # from the rates of the optimiser
+                for own, key in zip(groups, self._keys, strict=True):
+                    if key == number and own["multiplier"]:
+                        group |= {name: own[name] / own["multiplier"] for name in _RATES if name in own}
+                        break
         self.base = _Shown(shown, dict(optimizer.defaults))
         self.scheduler = make(self.base, *args, **kwargs)
         self._pass_on()
@@ -83,11 +92,9 @@ class MultiplierScheduler(LRScheduler):
     def _pass_on(self) -> None:
         for group, number in zip(self.optimizer.param_groups, self._keys, strict=True):
             base = self.base.param_groups[number]
-            group["lr"] = base["lr"] * group["multiplier"]
-            group["initial_lr"] = base.get("initial_lr", base["lr"]) * group["multiplier"]
-            for name in ("betas", "momentum"):  # cyclic schedules change them too
-                if name in group and name in base:
-                    group[name] = base[name]
+            rates = {"initial_lr": base["lr"]} | {name: base[name] for name in _RATES if name in base}
+            group |= {name: rate * group["multiplier"] for name, rate in rates.items()}
+            group |= {name: base[name] for name in _MOMENTA if name in base}
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Call ``step`` of the wrapped scheduler, and set the rates of all groups."""
@@ -127,6 +134,15 @@ class MultiplierScheduler(LRScheduler):
         return getattr(self.scheduler, name)
 
 
+def _resumes(make: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> bool:
+    """Return whether the arguments of a scheduler have a ``last_epoch``, from which it continues."""
+    try:
+        given = inspect.signature(make).bind(None, *args, **kwargs).arguments
+    except (TypeError, ValueError):  # the scheduler raises the error
+        return False
+    return given.get("last_epoch", -1) != -1
+
+
 class _Shown(Optimizer):
     """Optimiser that the wrapped scheduler changes: one group for each rate at base width."""
 
@@ -141,6 +157,9 @@ def with_multipliers(make: Callable[..., Any], optimizer: Optimizer, *args: Any,
     ``OneCycleLR`` and ``CyclicLR`` with one rate, a cosine with ``eta_min``, and the schedulers of timm with ``lr_min``
     or a warm-up rate set the same rate for all groups, or add a constant. This function applies them to the rate at
     base width; each group has that rate times its multiplier.
+
+    A scheduler starts from the rates at base width. With ``last_epoch`` it continues from the rates of the optimiser,
+    whose groups must have an ``initial_lr``, as in torch.
 
     Parameters
     ----------

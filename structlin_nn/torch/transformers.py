@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -24,7 +25,7 @@ from structlin_nn.torch._layout import changes, check_layout, layout_of
 from structlin_nn.torch._modules import on_change
 from structlin_nn.torch.linear import StructuredLinear
 from structlin_nn.torch.project import project_linear
-from structlin_nn.torch.unpack import unpack_linear
+from structlin_nn.torch.unpack import Attention, unpack_linear
 
 __all__ = ["METHOD", "StructlinConfig", "StructlinQuantizer", "describe"]
 
@@ -120,10 +121,19 @@ class StructlinQuantizer(HfQuantizer):
         layout = _placed(self.quantization_config.layout(), model)
         for change in changes(model, layout):
             change.apply(model)
+        # The initialisation of a model such as SigLIP names the packed weights of its attention; the files have these
+        # weights as layers, so it skips them.
+        done = torch.empty(())
+        done._is_hf_initialized = True  # type: ignore[attr-defined]
+        for attention in _unpacked(model):
+            attention.in_proj_weight = attention.in_proj_bias = done
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Project the layers of a dense model, and remove the marks of a quantised model."""
         config = self.quantization_config
+        for attention in _unpacked(model):
+            del attention.in_proj_weight
+            attention.in_proj_bias = None
         del model.hf_quantizer  # transformers refuses to train or cast quantised models
         if config.structure is not None:
             del model.config.quantization_config
@@ -141,6 +151,11 @@ class StructlinQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Return True: structured layers can be trained."""
         return True
+
+
+def _unpacked(model: nn.Module) -> list[Any]:
+    """Return the modules that replace nn.MultiheadAttention."""
+    return [module for module in model.modules() if isinstance(module, Attention)]
 
 
 def _check_loaded(model: PreTrainedModel) -> None:
@@ -225,7 +240,7 @@ def _shared(forms: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for form in forms:
         rest = {key: value for key, value in form.items() if key != "names"}
-        same = next((one for one in found if rest.items() <= one.items()), None)
+        same = next((one for one in found if {**one, "names": 0} == {**rest, "names": 0}), None)
         if same is None:
             found.append({"names": [form["names"]], **rest})
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -488,7 +489,68 @@ def test_hooks_keep_an_mlp_from_being_replaced() -> None:
     model = nn.Sequential(Timm(), nn.Linear(24, 5))
     replace_linear(model, "monarch", blocks=4)
     model[0].register_forward_hook(lambda *_: None)
-    assert fuse_mlps(model) == {"0": "it has hooks, which would be lost"}
+    assert fuse_mlps(model) == {"0": "it has hooks or a forward of its own, which would be lost"}
+    model = nn.Sequential(Timm(), Timm(), Timm(), nn.Linear(24, 5))
+    replace_linear(model, "monarch", blocks=4)
+    model[0].act.register_forward_hook(lambda *_: None)
+    model[1].drop2.forward = lambda x: 2 * x
+    model[2].fc1.register_forward_hook(lambda *_: None)  # the block keeps its layers, and their hooks
+    assert [outcome.partition(" or ")[0] for outcome in fuse_mlps(model).values()] == ["it has hooks"] * 2 + ["fused"]
+
+
+class Dropped(nn.Module):
+    """An MLP with dropout in the places that are named."""
+
+    def __init__(self, places: str) -> None:
+        super().__init__()
+        self.places, self.drop = places, nn.Dropout(0.25)
+        self.fc1, self.act, self.fc2 = nn.Linear(24, 96), nn.GELU(), nn.Linear(96, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def dropped(place: str, y: Tensor) -> Tensor:
+            if place in self.places:
+                y = self.drop(y)
+            return F.dropout(y, 0.25, self.training) if place.upper() in self.places else y
+
+        return dropped("c", self.fc2(dropped("b", self.act(self.fc1(dropped("a", x))))))
+
+
+class DropPath(Dropped):
+    """As timm's module of this name: it draws without a function of dropout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y * y.new_empty(y.shape[0], 1).bernoulli_(0.5) if self.training else y
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("places", ["", "a", "b", "c", "bc", "A", "B", "C", "cC", "path"])
+def test_dropout_is_fused_only_after_the_last_layer(places: str, dtype: torch.dtype) -> None:
+    model = nn.Sequential(DropPath("") if places == "path" else Dropped(places), nn.Linear(24, 5))
+    replace_linear(model, "monarch", blocks=4)
+    model.to(dtype).eval()
+    plain = copy.deepcopy(model[0])
+    outcome = fuse_mlps(model)["0"]
+    assert not model[0].training
+    assert not plain.drop.training
+    if places not in ("", "c", "C"):
+        assert "dropout between its layers, or draws other random numbers" in outcome
+        return
+    assert outcome == "fused"
+    x = torch.randn(40, 24, dtype=dtype)
+    outputs = []
+    for one in (plain, model[0]):
+        torch.manual_seed(3)
+        outputs.append(one.train()(x))
+    torch.testing.assert_close(*outputs, atol=2 * torch.finfo(dtype).eps, rtol=0.02)
+    assert (outputs[1] == 0).float().mean() == pytest.approx(0.25 if places else 0.0, abs=0.05)
+
+
+def test_dropout_on_the_meta_device() -> None:
+    model = nn.Sequential(Dropped("b"), Dropped("c"), nn.Linear(24, 5))
+    replace_linear(model, "monarch", blocks=4)
+    assert [outcome == "fused" for outcome in fuse_mlps(model.to("meta")).values()] == [False, True]
+    assert model[1].dropout == 0.25
 
 
 @pytest.mark.parametrize("name", ["timm", "transformers"])

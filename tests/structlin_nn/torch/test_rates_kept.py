@@ -261,3 +261,52 @@ def test_mu_adamw():
     assert told(optimizer, model) == []
     with pytest.raises(TypeError, match="bettas"):
         MuAdamW(model, bettas=1)
+
+
+@pytest.mark.parametrize("make", [CosineAnnealingLR, OneCycleLR, LinearLR, LambdaLR])
+def test_last_epoch_continues_a_schedule(make):
+    arguments = {
+        CosineAnnealingLR: {"T_max": 20, "eta_min": 1e-4},
+        OneCycleLR: {"max_lr": 2e-2, "total_steps": 20},
+        LinearLR: {"start_factor": 0.25, "total_iters": 12},
+        LambdaLR: {"lr_lambda": lambda epoch: 0.9**epoch},
+    }[make]
+    model = network()
+    optimizer = MuAdamW(model, lr=1e-2)
+    plain = torch.optim.AdamW([nn.Parameter(torch.ones(1))], lr=1e-2)
+    schedulers = with_multipliers(make, optimizer, **arguments), make(plain, **arguments)
+    for _ in range(5):
+        step(optimizer, model)
+        plain.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    other = MuAdamW(network(), lr=1e-2)
+    other.load_state_dict(optimizer.state_dict())
+    resumed = with_multipliers(make, other, last_epoch=4, **arguments)
+    (wanted,) = make(plain, last_epoch=4, **arguments).get_last_lr()  # a plain scheduler of the rate at base width
+    multipliers = [group["multiplier"] for group in other.param_groups]
+    assert len(set(multipliers)) > 1
+    assert resumed.get_last_lr() == pytest.approx([wanted * one for one in multipliers])
+    with pytest.raises(KeyError, match="initial_lr"):
+        with_multipliers(make, MuAdamW(network(), lr=1e-2), last_epoch=4, **arguments)
+
+
+def test_a_later_schedule_starts_at_the_rate_at_base_width():
+    model = network()
+    optimizer = MuAdamW(model, lr=1e-2)
+    with_multipliers(OneCycleLR, optimizer, max_lr=3e-2, total_steps=20)
+    with_multipliers(CosineAnnealingLR, optimizer, 20, 1e-4)
+    for group in optimizer.param_groups:
+        assert group["initial_lr"] == group["lr"] == pytest.approx(1e-2 * group["multiplier"])
+
+
+def test_two_calls_with_other_rates_in_one_optimizer():
+    """The multipliers of each call are compared; a rate of its own is no lost multiplier."""
+    torch.manual_seed(0)
+    model = nn.Sequential(network(), nn.Linear(3, 4), nn.Linear(4, 2))
+    groups = parameter_groups(model[0], lr=1e-2) + parameter_groups(model[1:], lr=1e-3)
+    optimizer = torch.optim.AdamW(groups)
+    assert told(optimizer, model, 2) == []
+    for group in optimizer.param_groups[:-2]:
+        group["lr"] = 1e-2
+    assert [text for text in told(optimizer, model) if "have lost the multipliers" in text]

@@ -1,11 +1,14 @@
 """What a parameter is that no layer of torch's own holds: tables, vectors, recurrent weights, experts."""
 
+import re
+
 import pytest
 import torch
 from helpers.layers import assert_covers, decays, multipliers
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
-from structlin_nn.torch import parameter_groups
+from structlin_nn.torch import ParameterRule, StructuredLinear, parameter_groups
 
 
 class Positions(nn.Module):
@@ -119,3 +122,70 @@ def test_models_need_no_rules(name, optimizer):
     decayed = {name for name, decay in decays(groups).items() if decay}
     assert {name.rpartition(".")[2] for name in decayed} <= {"weight", "gate_up_proj", "down_proj"}
     assert not any("embeddings" in name or "embed_tokens" in name or "wte" in name for name in decayed)
+
+
+def weight_norm(factors: nn.Module) -> None:
+    parametrizations.weight_norm(factors, "1", dim=1)
+
+
+def spectral_norm(factors: nn.Module) -> None:
+    parametrizations.spectral_norm(factors, "1")
+
+
+def pruned(factors: nn.Module) -> None:
+    prune.l1_unstructured(factors, "1", 0.5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+@pytest.mark.parametrize(
+    ("change", "name", "extra"),
+    [
+        (pruned, "1_orig", None),
+        (spectral_norm, "parametrizations.1.original", None),
+        (weight_norm, "parametrizations.1.original1", "parametrizations.1.original0"),
+    ],
+)
+def test_parameters_of_a_changed_factor_have_its_rule(change, name, extra, optimizer):
+    def net():
+        torch.manual_seed(0)
+        layers = [StructuredLinear(35, 24, structure="low_rank", rank=3, rms_cap=True), nn.Tanh(), nn.Linear(24, 5)]
+        return nn.Sequential(*layers)
+
+    base = nn.Sequential(nn.Linear(14, 8), nn.Tanh(), nn.Linear(8, 5)).to("meta")
+    options = {"adam_lr": 0.1} if optimizer == "muon" else {}
+    model = net()
+    change(model[0].factors)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    groups = parameter_groups(model, base, lr=1, weight_decay=0.1, optimizer=optimizer, **options)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())  # spectral norm iterates
+    assert_covers(groups, model)
+    plain = "adamw" if optimizer == "muon" else optimizer  # Adam updates what is not the factor itself
+    wanted = multipliers(parameter_groups(net(), base, lr=1, optimizer=plain))
+    assert multipliers(groups)[f"0.factors.{name}"] == wanted["0.factors.1"] != 1
+    assert decays(groups)[f"0.factors.{name}"] == 0.1
+    if extra is not None:  # norms, as those of nn.Linear
+        assert multipliers(groups)[f"0.factors.{extra}"] == 1
+        assert decays(groups)[f"0.factors.{extra}"] == 0
+    if optimizer == "adamw":
+        trained = torch.optim.AdamW(groups)
+        model(torch.ones(2, 35)).sum().backward()
+        trained.step()
+        trained.step()
+
+
+def test_a_parametrization_of_another_shape_needs_a_rule():
+    class Doubled(nn.Module):
+        def forward(self, half):
+            return torch.cat([half, half])
+
+        def right_inverse(self, whole):
+            return whole[: len(whole) // 2]
+
+    model = nn.Sequential(StructuredLinear(35, 24, structure="low_rank", rank=4))
+    parametrize.register_parametrization(model[0].factors, "0", Doubled(), unsafe=True)
+    name = "0.factors.parametrizations.0.original"
+    with pytest.raises(ValueError, match=f"{re.escape(name)}.*rules"):
+        parameter_groups(model, lr=1)
+    groups = parameter_groups(model, lr=1, rules={name: ParameterRule(0.25, True)})
+    assert_covers(groups, model)
+    assert multipliers(groups)[name] == 0.25

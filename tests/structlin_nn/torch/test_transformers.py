@@ -249,3 +249,48 @@ def test_structures_that_no_file_can_describe():
     model.transformer.h[0].attn.extra = layer
     with pytest.warns(UserWarning, match="save_pretrained cannot describe the structured layers"):
         replace_linear(model, "low_rank", rank=2, layers="*.h.1.mlp.c_fc")
+
+
+def test_layers_and_experts_of_one_size(tmp_path):
+    """The entries of two layers that differ only in the number of experts are separate."""
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96,
+        "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        "n_group": 1, "topk_group": 1, "q_lora_rank": 12, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4, "v_head_dim": 8, "first_k_dense_replace": 1, "n_shared_experts": 1,
+    }  # fmt: skip
+    model = build("deepseek_v3", **sizes)
+    replace_linear(model, "low_rank", rank=2, unpack=True, layers="model.layers.1.mlp.*down_proj", dearer="allow")
+    model.save_pretrained(tmp_path)
+    forms = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["layers"]
+    assert sorted((form["names"][0][0].split(".")[4], form.get("experts")) for form in forms) == [
+        ("experts", 4),
+        ("shared_experts", None),
+    ]
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert structured(again) == structured(model)
+    assert same(again, model)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "siglip2"])
+def test_unpacked_attention_that_the_model_initialises(tmp_path, kind):
+    """Their initialisation names ``attention.in_proj_weight``."""
+    shared = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    image = {"patch_size": 8} | ({"image_size": 32} if kind == "siglip" else {"num_patches": 16})
+    text = {"vocab_size": 96, "max_position_embeddings": 64, **SPECIAL}
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(
+        transformers.AutoConfig.for_model(kind, text_config=shared | text, vision_config=shared | image)
+    ).eval()
+    replace_linear(model, "low_rank", rank=2, layers="*.attention.[qk]_proj", unpack=True)
+    assert len(structured(model)) == 2
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModel.from_pretrained(tmp_path)
+    x = torch.randn(2, 5, 32)
+    heads = [one.vision_model.head for one in (model, again)]
+    extra = [] if kind == "siglip" else [torch.ones(2, 5, dtype=torch.int64)]
+    assert torch.equal(*(head(x, *extra) for head in heads))
+    assert heads[1].attention.in_proj_bias is None
+    assert not hasattr(heads[1].attention, "in_proj_weight")
+    own = again.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in model.state_dict().items())
