@@ -68,7 +68,7 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Any, Any]:
         call, prog=f"structlin train {name}", args=list(arguments), config=(tyro.conf.OmitArgPrefixes,),
         description=f"Train {about}.\n\nThe defaults are the paper's recipe.",
     )  # fmt: skip
-    given = {word.removeprefix("--").partition("=")[0].replace("-", "_") for word in arguments}
+    given = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
     # These defaults depend on the model, the structure and the device that were given.
     depend = [name for name in ("rms_cap", "compile", "input_lr_mult") if hasattr(config, name) and name not in given]
     config = config.replace(**dict.fromkeys(depend))

@@ -134,6 +134,14 @@ def test_misuse(line: str, message: str, folder: Path, capsys: pytest.CaptureFix
     assert list(folder.iterdir()) == []
 
 
+def test_a_value_that_is_the_name_of_an_option_gives_no_option() -> None:
+    for folder in ("other", "data_set", "rms-cap"):
+        _, config, options = parse("cifar", ["--data", folder])
+        assert (config.data_set, config.rms_cap, options.data) == ("cifar10", False, Path(folder))
+    for words in (["--data_set", "cifar100"], ["--data-set=cifar100"]):
+        assert parse("cifar", ["--data", "other", *words])[1].data_set == "cifar100"
+
+
 def test_the_caps_and_options_of_the_paper() -> None:
     _, config, _ = parse("gpt2", ["--structure", "block_tensor_train", "--width", "1024"])
     assert (config.rms_cap, config.options) == (True, {"rank": 4, "factorization": "greedy"})
