@@ -93,7 +93,7 @@ def state_of(config: Any, folder: Path) -> str:
     unfinished = "failed" if failed else "begun"
     try:
         found = read_record(folder / "record.jsonl")
-    except ValueError:  # cut off: resuming repairs it
+    except ValueError:  # cut off, which resuming repairs, or damaged, which it reports
         return unfinished
     config.check_continues(recipe_module(found.header["recipe"]).Config.from_dict(found.header["config"]), folder)
     return "finished" if found.finished and checkpoints(folder) else unfinished

@@ -102,6 +102,29 @@ def test_a_signal(
     assert last.endswith("checkpoint written, resume with --out run --resume")
 
 
+def test_a_damaged_record(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Damaged before the run is resumed, or before its table is printed: one line, and no table."""
+    train = cifar.train
+
+    def damaging(*arguments: Any) -> Any:
+        result = train(*arguments)
+        raw = bytearray(result.record.read_bytes())
+        raw[-40] ^= 1
+        result.record.write_bytes(raw)
+        return result
+
+    line = f"train cifar --width 16 {QUICK} --steps 1 --out run --quiet --resume"
+    with monkeypatch.context() as patch:
+        patch.setattr(cifar, "train", damaging)
+        assert main(line.split()) == 1
+    first = capsys.readouterr()
+    assert main(line.split()) == 2
+    for out, err in (first, capsys.readouterr()):
+        assert out == ""
+        assert err.startswith(f"structlin train: {Path('run') / 'record.jsonl'}, line 3 is damaged")
+        assert err.count("\n") == 1
+
+
 def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--list"]) == 0
     out, _ = capsys.readouterr()
