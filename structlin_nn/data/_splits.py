@@ -147,13 +147,16 @@ def _shards(place: Path) -> dict[str, list[str]]:
         found[split] = inside or [path for path in words if any(name in words[path] for name in names)]
     if both := [path for path in found["train"] if path in found["val"]]:
         raise ValueError(f"{both[0]} has words of both splits in its name: a shard is for train or for val")
-    for path in (path for paths in found.values() for path in paths):
-        # Two blocks of zeros end an archive. Without them it was cut, perhaps between two members.
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 1024))
-            if file.read() != bytes(1024):
-                raise ValueError(f"{path} ({path.stat().st_size} bytes) is cut: the end of the archive is missing")
     return {split: [str(path) for path in paths] for split, paths in found.items()}
+
+
+def _check_whole(path: str) -> None:
+    # Two blocks of zeros end an archive. Without them it was cut, perhaps between two members.
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1024))
+        if file.read() != bytes(1024):
+            raise ValueError(f"{path} ({size} bytes) is cut: the end of the archive is missing")
 
 
 def _incomplete(shards: Iterable[str]) -> str | None:
@@ -182,6 +185,8 @@ def open_hub(source: Any, kind: str) -> tuple[dict[str, Split], tuple[str, ...] 
     shards = _shards(Path(source).expanduser()) if kind == "shards" else None
     if shards is not None and not shards["val"]:
         raise FileNotFoundError(f"{source} holds no .tar with the word {' or '.join(_NAMES['val'])} in its name")
+    for path in (path for paths in (shards or {}).values() for path in paths):
+        _check_whole(path)
     loaded = load_hub(source, shards=shards)
     import datasets
 

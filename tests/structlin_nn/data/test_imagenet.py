@@ -154,6 +154,8 @@ class TestOpen:
             open_imagenet(tmp_path / "empty")
 
     def test_damaged_trees(self, tree: Path) -> None:
+        (tree / "images-val.tar").write_bytes(b"a download that is no part of the tree")
+        assert open_imagenet(tree).format == "folder"
         shutil.copytree(tree / "val/bag", tree / "val/hat")
         with pytest.raises(ValueError, match=r"1 classes that train lacks, the first of them 'hat'"):
             open_imagenet(tree)
