@@ -112,7 +112,11 @@ def read_record(path: str | os.PathLike[str]) -> Record:
         resuming the run repairs a last line that was cut off).
     """
     path = Path(path)
-    raw = path.read_bytes()
+    return _record(path, path.read_bytes())
+
+
+def _record(path: Path, raw: bytes) -> Record:
+    """Return the record that `raw` is; `path` is for messages."""
     lines = [unsealed(path, line, number) for number, line in enumerate(raw.split(b"\n")[:-1], start=1)]
     if raw and not raw.endswith(b"\n"):
         raise ValueError(f"{path}, line {len(lines) + 1} is cut off; resuming the run repairs it")
@@ -199,7 +203,8 @@ class RecordWriter:
         """Truncate a record to its first `size` bytes, its size at a checkpoint.
 
         Later lines belong to steps that are repeated, and the last may be incomplete. Returns the writer and messages
-        about dropped lines. ValueError for a file that does not belong to the checkpoint.
+        about dropped lines. ValueError for a file that does not belong to the checkpoint, or damage in a line that
+        stays.
         """
         raw = path.read_bytes()
         if len(raw) < size or raw[size - 1 : size] != b"\n":
@@ -207,6 +212,7 @@ class RecordWriter:
                 f"{path} has {len(raw)} bytes and does not belong to the checkpoint, which was written with the "
                 f"end of a line at byte {size}"
             )
+        _record(path, raw[:size])  # verifies every line that stays
         whole, _, torn = raw[size:].rpartition(b"\n")
         messages = []
         if torn:

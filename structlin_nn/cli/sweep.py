@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from structlin_nn._text import table
 from structlin_nn.cli.common import add, fail, positive, print_json, print_table, show
 
 SHOWN = 10
-"""Number of failed runs that a message names."""
+"""Number of runs that a message names."""
 HELP = "train the runs of a sweep, on this machine or on a cluster; the paper's sweeps have names"
 EXAMPLES = """\
 examples:
@@ -178,7 +178,11 @@ def _train(
     if outcome.signal is not None:
         fail("sweep", f"{outcome.signal.name}; the same command resumes the unfinished runs")
         return 128 + outcome.signal
-    return 1 if failed else 0
+    unfinished = [name for name in planned if name not in finished and name not in failed]
+    if unfinished:
+        resumed = "it" if len(unfinished) == 1 else "them"
+        fail("sweep", f"neither finished nor failed: {_some(unfinished)}; the same command resumes {resumed}")
+    return 1 if failed or unfinished else 0
 
 
 def _submit(
@@ -219,8 +223,10 @@ def _print_number_failed(failed: Mapping[str, str], planned: Mapping[str, Any]) 
     from structlin_nn.sweeps.local import number_of_runs
 
     if failed:
-        names = [*failed][:SHOWN]
-        names += [f"and {len(failed) - SHOWN} more"] if len(failed) > SHOWN else []
         resumed = "it" if len(failed) == 1 else "them"
         count = f"{len(failed)} of {number_of_runs(len(planned))} failed"
-        fail("sweep", f"{count}: {', '.join(names)}; --retry resumes {resumed}")
+        fail("sweep", f"{count}: {_some([*failed])}; --retry resumes {resumed}")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join([*names[:SHOWN], *([f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else [])])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from structlin_nn._text import unknown
@@ -68,7 +68,7 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Any, Any]:
         call, prog=f"structlin train {name}", args=list(arguments), config=(tyro.conf.OmitArgPrefixes,),
         description=f"Train {about}.\n\nThe defaults are the paper's recipe.",
     )  # fmt: skip
-    given = {word.removeprefix("--").partition("=")[0].replace("-", "_") for word in arguments}
+    given = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
     # These defaults depend on the model, the structure and the device that were given.
     depend = [name for name in ("rms_cap", "compile", "input_lr_mult") if hasattr(config, name) and name not in given]
     config = config.replace(**dict.fromkeys(depend))
@@ -96,6 +96,7 @@ def main(arguments: Sequence[str]) -> int:
     if name not in NAMES:
         return _misuse(unknown("name", name, NAMES))
     from structlin_nn.recipes._run import Interruption
+    from structlin_nn.records import read_record
 
     with Interruption():  # handles signals before the first step
         try:
@@ -117,7 +118,11 @@ def main(arguments: Sequence[str]) -> int:
     if first and options.json:
         print_json({"record": str(result.record), **result.evaluation})
     elif first:
-        _print_summary(result)
+        try:
+            evaluations = read_record(result.record).evaluations
+        except (OSError, ValueError) as error:  # of another process, or of the disk
+            return fail("train", error)
+        _print_summary(result, evaluations)
     return 0
 
 
@@ -141,14 +146,12 @@ def _misuse(message: str) -> int:
     return 2
 
 
-def _print_summary(result: Any) -> None:
+def _print_summary(result: Any, evaluations: Sequence[Mapping[str, Any]]) -> None:
     """Print the last ten evaluations of a run as a table."""
-    from structlin_nn.records import read_record
 
     def cell(value: Any) -> str:
         return "" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
 
-    evaluations = read_record(result.record).evaluations
     keys = [key for key in SHOWN if key in evaluations[-1]]
     rows = [[cell(line[key]) for key in keys] for line in evaluations[-10:]]
     print_table([key.replace("_", " ") for key in keys], rows, left=0)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import re
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +40,9 @@ def load_hub(
             return found
         place = str(folder) if folder.is_dir() else os.fspath(source)
         return datasets.load_dataset(place, split=split, num_proc=workers if workers and workers > 1 else None)
-    except (ImportError, ValueError):
+    except (ImportError, ValueError) as error:
+        if shards is not None and (found := _incomplete(path for paths in shards.values() for path in paths)):
+            raise ValueError(found) from error
         raise
     except Exception as error:
         # Errors of the network, the hub or the files: the library has no common exception.
@@ -102,13 +107,13 @@ def recognise(place: Path) -> str:
         raise FileNotFoundError(f"{place} is neither a folder nor a name on the Hugging Face hub (owner/name)")
     if not place.is_dir() or any((place / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return "datasets"
-    if _shards(place, "train"):
+    if _shards(place)["train"]:
         return "shards"
     if (place / "train").is_dir():
         return "folder"
     raise FileNotFoundError(
-        f"{place} holds no train/ and val/ folder with one folder for each class, no *train*.tar, and no data set "
-        "saved by Hugging Face datasets"
+        f"{place} holds no train/ and val/ folder with one folder for each class, no .tar with the word train in its "
+        "name, and no data set saved by Hugging Face datasets"
     )
 
 
@@ -133,23 +138,55 @@ def open_folders(place: Path) -> tuple[dict[str, Split], tuple[str, ...]]:
     return splits, tuple(classes)
 
 
-def _shards(place: Path, split: str) -> list[str]:
-    names = _NAMES[split]
-    inside = [path for name in names for path in sorted((place / name).glob("*.tar"))]
-    found = inside or sorted(path for path in place.glob("*.tar") if any(name in path.name for name in names))
-    for path in found:
-        # Two blocks of zeros end an archive. Without them it was cut, perhaps between two members.
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 1024))
-            if file.read() != bytes(1024):
-                raise ValueError(f"{path} ({path.stat().st_size} bytes) is cut: the end of the archive is missing")
-    return [str(path) for path in found]
+def _shards(place: Path) -> dict[str, list[str]]:
+    """Return the shards of each split: those in its folder, or else those with one of its names as a word."""
+    found = {}
+    for split, names in _NAMES.items():
+        inside = [path for name in names for path in sorted((place / name).glob("*.tar"))]
+        words = {path: re.findall("[a-zA-Z]+", path.stem) for path in sorted(place.glob("*.tar"))}
+        found[split] = inside or [path for path in words if any(name in words[path] for name in names)]
+    if both := [path for path in found["train"] if path in found["val"]]:
+        raise ValueError(f"{both[0]} has words of both splits in its name: a shard is for train or for val")
+    return {split: [str(path) for path in paths] for split, paths in found.items()}
+
+
+def _check_whole(path: str) -> None:
+    # Two blocks of zeros end an archive. Without them it was cut, perhaps between two members.
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1024))
+        if file.read() != bytes(1024):
+            raise ValueError(f"{path} ({size} bytes) is cut: the end of the archive is missing")
+
+
+def _incomplete(shards: Iterable[str]) -> str | None:
+    """Return a message about a sample that lacks a file, among the first ones of each shard, which `datasets` compares.
+
+    The key of a sample ends at the first point of its files' names.
+    """
+    for path in shards:
+        samples: dict[str, set[str]] = {}
+        with suppress(tarfile.TarError), tarfile.open(path) as archive:
+            for member in archive:
+                key, _, kind = os.path.basename(member.name).partition(".")
+                key = os.path.join(os.path.dirname(member.name), key)
+                if len(samples) == 5 and key not in samples:
+                    break
+                if kind:
+                    samples.setdefault(key, set()).add(kind)
+        kinds = set().union(*samples.values())
+        for key, held in samples.items():
+            if lacking := sorted(kinds - held):
+                return f"the sample {key!r} in {path} lacks {', '.join(lacking)}: it has {', '.join(sorted(held))}"
+    return None
 
 
 def open_hub(source: Any, kind: str) -> tuple[dict[str, Split], tuple[str, ...] | None]:
-    shards = {split: _shards(Path(source).expanduser(), split) for split in _NAMES} if kind == "shards" else None
-    if shards is not None and not all(shards.values()):
-        raise FileNotFoundError(f"{source} holds no shards *{min(shards, key=lambda s: len(shards[s]))}*.tar")
+    shards = _shards(Path(source).expanduser()) if kind == "shards" else None
+    if shards is not None and not shards["val"]:
+        raise FileNotFoundError(f"{source} holds no .tar with the word {' or '.join(_NAMES['val'])} in its name")
+    for path in (path for paths in (shards or {}).values() for path in paths):
+        _check_whole(path)
     loaded = load_hub(source, shards=shards)
     import datasets
 
@@ -170,5 +207,13 @@ def open_hub(source: Any, kind: str) -> tuple[dict[str, Split], tuple[str, ...] 
         if isinstance(rows.features[label], datasets.ClassLabel):
             classes = tuple(rows.features[label].names)
         undecoded = rows.cast_column(images[0], datasets.Image(decode=False))
+        for what, column in (("image", images[0]), ("label", label)):
+            if undecoded.data.column(column).null_count:
+                index = undecoded.data.column(column).is_null().index(True).as_py()
+                row = undecoded[index]
+                sample = (
+                    f"the sample {row['__key__']!r} in {row['__url__']}" if shards else f"{source}/{split}[{index}]"
+                )
+                raise ValueError(f"{sample} lacks its {what}: {column} is empty")
         splits[split] = HubSplit(undecoded, f"{source}/{split}", images[0], np.array(rows[label][:], dtype=np.int64))
     return splits, classes

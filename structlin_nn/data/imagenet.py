@@ -290,9 +290,9 @@ def open_imagenet(source: str | os.PathLike[str], *, num_classes: int | None = N
     ----------
     source
         A folder with ``train/`` and ``val/`` (or ``validation/``) that have one folder for each class; or with
-        WebDataset shards ``*train*.tar`` and ``*val*.tar``, or ``train/*.tar`` and ``val/*.tar``, of members
-        ``KEY.jpg`` (or another image format, the same for all) and ``KEY.cls``, which Hugging Face `datasets` copies to
-        its cache; or a data set saved by `datasets`; or its name on the hub.
+        WebDataset shards ``train/*.tar`` and ``val/*.tar``, or ``*.tar`` with ``train`` and ``val`` (or ``validation``)
+        as a word of their names, of members ``KEY.jpg`` (or another image format, the same for all) and ``KEY.cls``,
+        which Hugging Face `datasets` copies to its cache; or a data set saved by `datasets`; or its name on the hub.
     num_classes
         Expected number of classes. Numeric labels need it if a class has no training image.
 
@@ -300,7 +300,7 @@ def open_imagenet(source: str | os.PathLike[str], *, num_classes: int | None = N
     ------
     FileNotFoundError, ValueError
         No such data at ``source``; an empty class or split, validation classes without training images, a shard that is
-        damaged or cut, a label outside the classes.
+        damaged, cut or of both splits, a sample without its image or label, a label outside the classes.
 
     Examples
     --------

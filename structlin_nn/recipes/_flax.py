@@ -6,6 +6,8 @@ are measured on that torch model, with the current weights (:mod:`structlin_nn.c
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,8 +176,14 @@ class FlaxRun(Steps):
         return {"params": self.params, "moments": self.moments, **average}
 
     def write(self, folder: Path) -> dict[str, Any]:
-        with ocp.StandardCheckpointer() as writer:
-            writer.save(folder.resolve() / "orbax", self._tree())
+        try:
+            with ocp.StandardCheckpointer() as writer:
+                writer.save(folder.resolve() / "orbax", self._tree())
+        except ValueError as error:
+            # orbax reports so what the system said of a file, and its number within the text.
+            found = re.search(r"(?:os_error_code='|OS error )(\d+)", str(error))
+            number = int(found[1]) if found else None
+            raise OSError(number, str(error) if number is None else os.strerror(number)) from error
         return {"tensors": {}, "build": None, "layout": None, "init_from": None, **common_state(self, self.twin)}
 
     def not_finite(self) -> str | None:

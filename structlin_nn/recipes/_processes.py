@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -79,6 +79,16 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace real tensors by their means over the processes, in one communication.
+
+        Sums are float64, so tensors of lower precision that all processes have alike stay as they are.
+        """
+        if self.size > 1 and tensors:
+            means = self.sum(torch.cat([tensor.flatten() for tensor in tensors]).double()) / self.size
+            for tensor, mean in zip(tensors, means.split([tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(mean.view_as(tensor))
+
     def share(self, tensor: Tensor) -> Tensor:
         """Return the rows of this process of a tensor that all have, in parts as equal as possible."""
         return tensor if self.size == 1 else tensor.tensor_split(self.size)[self.rank]
@@ -99,9 +109,12 @@ class Processes:
         if self.size == 1:
             return model
         if not self.sharded:
-            return DistributedDataParallel(
+            wrapped = DistributedDataParallel(
                 model, device_ids=[self.device.index] if self.device.type == "cuda" else None
             )
+            # Each step averages buffers (`average`). As an argument of the constructor, this is deprecated.
+            wrapped.broadcast_buffers = False
+            return wrapped
         # Logits may be a view; they are not changed in place.
         warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view", UserWarning)
         policy = MixedPrecisionPolicy()

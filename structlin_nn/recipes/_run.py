@@ -321,9 +321,11 @@ class Run:
                     sums[path.relative_to(partial).as_posix()] = [path.stat().st_size, file_sha256(path)]
             files = {name: entry for some in self.group.gather(sums) for name, entry in some.items()}
             self.group.first(lambda: finish(files))
-        except OSError as error:
+        except Exception as error:
             if self.group.main:
                 shutil.rmtree(partial, ignore_errors=True)
+            if not isinstance(error, OSError):
+                raise
             raise OSError(
                 error.errno, f"the checkpoint {place} could not be written: {error.strerror or error}"
             ) from error

@@ -346,6 +346,7 @@ class TorchRun(Steps):
         self.rates = [group["lr"] for group in optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "float16")
         self.average = Average(self.model, self.config.ema) if self.config.ema else None
+        self._statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
         self.sums = torch.zeros(sums, dtype=torch.float64, device=self.device)
         self.probe = Probe(self.model, self.call, probe)
         gpu = self.device.type == "cuda"
@@ -396,9 +397,10 @@ class TorchRun(Steps):
         return norm
 
     def update(self) -> None:
-        """Step the optimiser, the scaler and the average."""
+        """Step the optimiser, the scaler and the average; give all processes the same statistics of batch norm."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.group.average(self._statistics)
         if self.average is not None:
             self.average.update()
 

@@ -22,8 +22,8 @@ from structlin_nn.recipes import recipe_module
 from structlin_nn.records import FAILED, read_record
 
 __all__ = [
-    "MAX_WORKERS", "STATES", "Job", "Outcome", "Planned", "default_workers", "number_of_runs", "plan", "run_all",
-    "state_of",
+    "MAX_WORKERS", "STATES", "Job", "Outcome", "Planned", "default_workers", "note_failure", "number_of_runs", "plan",
+    "run_all", "state_of",
 ]  # fmt: skip
 
 MAX_WORKERS = 8
@@ -93,7 +93,7 @@ def state_of(config: Any, folder: Path) -> str:
     unfinished = "failed" if failed else "begun"
     try:
         found = read_record(folder / "record.jsonl")
-    except ValueError:  # cut off: resuming repairs it
+    except ValueError:  # cut off, which resuming repairs, or damaged, which it reports
         return unfinished
     config.check_continues(recipe_module(found.header["recipe"]).Config.from_dict(found.header["config"]), folder)
     return "finished" if found.finished and checkpoints(folder) else unfinished
@@ -219,9 +219,14 @@ def _train(name: str, job: Job) -> str | None:
     except BlockingIOError as error:  # another process trains this run
         return str(error)
     except Exception as error:
-        job.folder.mkdir(parents=True, exist_ok=True)
-        reason = f"{type(error).__name__}: {error}"
-        with atomic_write(job.folder / FAILED) as file:
-            file.write(json.dumps({"error": reason, "traceback": traceback.format_exc()}).encode() + b"\n")
-        return reason
+        return note_failure(job.folder, error)
     return None if result.finished else ""
+
+
+def note_failure(folder: Path, error: Exception) -> str:
+    """Write the error that is handled, and that ended a run, to the folder of the run; return it in words."""
+    folder.mkdir(parents=True, exist_ok=True)
+    reason = f"{type(error).__name__}: {error}"
+    with atomic_write(folder / FAILED) as file:
+        file.write(json.dumps({"error": reason, "traceback": traceback.format_exc()}).encode() + b"\n")
+    return reason

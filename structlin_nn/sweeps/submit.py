@@ -19,9 +19,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from structlin_nn._on_import import needed
 from structlin_nn.recipes import recipe
-from structlin_nn.sweeps.local import Job
+from structlin_nn.records import FAILED
+from structlin_nn.sweeps.local import Job, note_failure
 
 __all__ = ["CLUSTERS", "Command", "command", "failures", "submit", "words"]
 
@@ -69,21 +72,37 @@ class Command:
     """A command for submitit; calling it raises RuntimeError if the command fails.
 
     submitit calls `checkpoint` before the time limit: the command writes its checkpoint, ends, and is submitted again.
+    A command that fails without having been asked to end is a failed run of `folder`, if no other process trains there.
 
     Examples
     --------
     >>> Command(["true"])()
     """
 
-    def __init__(self, words: Sequence[str]) -> None:
-        self.words = tuple(words)
+    def __init__(self, words: Sequence[str], folder: Path | None = None) -> None:
+        self.words, self.folder = tuple(words), folder
         self._process: subprocess.Popen[bytes] | None = None
+        self._asked = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"words": self.words, "_process": None}
+        return {**vars(self), "_process": None}
 
     def __call__(self) -> None:
         """Run the command in a process group of its own; raise if it fails."""
+        if self.folder is None:
+            return self._run()
+        (self.folder / FAILED).unlink(missing_ok=True)
+        try:
+            self._run()
+        except (OSError, RuntimeError) as error:
+            if not self._asked:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with suppress(filelock.Timeout), filelock.FileLock(self.folder / ".lock", timeout=0):
+                    note_failure(self.folder, error)
+            raise
+
+    def _run(self) -> None:
+        self._asked = False
         # Schedulers signal whole process groups, and the command does not handle submitit's signal.
         with subprocess.Popen(self.words, start_new_session=True) as self._process:
             before = signal.signal(signal.SIGTERM, lambda *_: self._end())
@@ -101,10 +120,11 @@ class Command:
         from submitit.helpers import DelayedSubmission
 
         self._end()
-        return DelayedSubmission(Command(self.words))
+        return DelayedSubmission(Command(self.words, self.folder))
 
     def _end(self) -> None:
         """Let the command write a checkpoint and end, and wait for it."""
+        self._asked = True
         if self._process is not None:
             with suppress(ProcessLookupError, ChildProcessError):
                 os.kill(self._process.pid, signal.SIGTERM)
@@ -135,7 +155,7 @@ def submit(
     except (AssertionError, NameError, RuntimeError, TypeError) as error:
         raise ValueError(f"submitit: {' '.join(str(error).split())}") from error
     program = (sys.executable, "-m", "structlin_nn.cli")
-    commands = {run: Command(words(job, launcher, program)) for run, job in jobs.items()}
+    commands = {run: Command(words(job, launcher, program), job.folder) for run, job in jobs.items()}
     size = len(jobs) if cluster == "slurm" else workers
     found: dict[str, Any] = {}
     for first in range(0, len(jobs), size):

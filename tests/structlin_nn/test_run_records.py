@@ -119,6 +119,23 @@ class TestReopen:
         assert len(messages) == 2
         assert "dropped 2 line(s)" in messages[1]
 
+    def test_damage_of_a_line_that_stays(self, path: Path) -> None:
+        """Also where lines are dropped, which are not verified: they are repeated."""
+        whole = path.read_bytes()
+        lines = whole.splitlines(keepends=True)
+        sizes = [len(b"".join(lines[:number])) for number in (1, 2, 3)]
+        for number, start in enumerate((0, *sizes[:2])):
+            raw = bytearray(whole + b"{")
+            raw[start + 20] ^= 1
+            path.write_bytes(raw)
+            for size in sizes[number:]:
+                with pytest.raises(ValueError, match=rf"record.jsonl, line {number + 1} is damaged"):
+                    RecordWriter.reopen(path, size)
+                assert path.read_bytes() == raw
+            for size in sizes[:number]:
+                assert RecordWriter.reopen(path, size)[0].size == size
+                path.write_bytes(raw)
+
     def test_nothing_to_say(self, path: Path) -> None:
         assert RecordWriter.reopen(path, path.stat().st_size)[1] == []
 

@@ -148,6 +148,28 @@ def test_failed_runs_are_named_until_they_are_trained_again(
         assert row["run"] == name
 
 
+def test_a_damaged_record_is_a_failed_run(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = f"{LINE} --workers 1 --only dense-w8 --quiet"
+    assert main(line.split()) == 0
+    record = Path("runs/mine/dense-w8/record.jsonl")
+    raw = bytearray(record.read_bytes())
+    raw[raw.index(b'"test_loss": ') + 14] ^= 1
+    record.write_bytes(raw)
+    with monkeypatch.context() as patch:  # a run that ends without a result
+        patch.setattr("structlin_nn.sweeps.local.run_all", lambda *_, **__: SimpleNamespace(failed={}, signal=None))
+        assert main(line.split()) == 1
+        told = "structlin sweep: neither finished nor failed: dense-w8; the same command resumes it\n"
+        assert capsys.readouterr().err == told
+    for _ in range(2):
+        assert main([*line.split(), "--json"]) == 1
+        found = json.loads(capsys.readouterr().out)
+        assert found["finished"] == []
+        assert found["failed"] == {"dense-w8": f"ValueError: {record}, line 2 is damaged: its checksum is wrong"}
+    assert record.read_bytes() == raw
+
+
 def test_many_failed_runs_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str], cli) -> None:
     Path("mine.py").write_text(SWEEP.replace("width=[8, 16]", "width=[8], seed=range(6)"))
     for name in planned(capsys):

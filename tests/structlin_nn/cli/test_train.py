@@ -94,6 +94,29 @@ def test_a_signal(
     assert last.endswith("checkpoint written, resume with --out run --resume")
 
 
+def test_a_damaged_record(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Damaged before the run is resumed, or before its table is printed: one line, and no table."""
+    train = cifar.train
+
+    def damaging(*arguments: Any) -> Any:
+        result = train(*arguments)
+        raw = bytearray(result.record.read_bytes())
+        raw[-40] ^= 1
+        result.record.write_bytes(raw)
+        return result
+
+    line = f"train cifar --width 16 {QUICK} --steps 1 --out run --quiet --resume"
+    with monkeypatch.context() as patch:
+        patch.setattr(cifar, "train", damaging)
+        assert main(line.split()) == 1
+    first = capsys.readouterr()
+    assert main(line.split()) == 2
+    for out, err in (first, capsys.readouterr()):
+        assert out == ""
+        assert err.startswith(f"structlin train: {Path('run') / 'record.jsonl'}, line 3 is damaged")
+        assert err.count("\n") == 1
+
+
 def test_the_list(cli) -> None:
     out, _ = cli("train", "--list")
     assert [line.split()[0] for line in out.splitlines()[2:]] == list(NAMES)
@@ -122,6 +145,14 @@ def test_misuse(line: str, message: str, folder: Path, cli) -> None:
     assert message in err
     assert "Traceback" not in err
     assert list(folder.iterdir()) == []
+
+
+def test_a_value_that_is_the_name_of_an_option_gives_no_option() -> None:
+    for folder in ("other", "data_set", "rms-cap"):
+        _, config, options = parse("cifar", ["--data", folder])
+        assert (config.data_set, config.rms_cap, options.data) == ("cifar10", False, Path(folder))
+    for words in (["--data_set", "cifar100"], ["--data-set=cifar100"]):
+        assert parse("cifar", ["--data", "other", *words])[1].data_set == "cifar100"
 
 
 def test_the_caps_and_options_of_the_paper() -> None:

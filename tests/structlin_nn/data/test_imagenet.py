@@ -123,6 +123,11 @@ class TestOpen:
             open_imagenet(tmp_path / "bare")
         with pytest.raises(ValueError, match="3 classes, num_classes is 4"):
             open_imagenet(tmp_path / "saved", num_classes=4)
+        labels = [None if number == 4 else 1 for number in range(18)]
+        gap = rows("train").remove_columns("label").add_column("label", labels)
+        datasets.DatasetDict({"train": gap, "validation": rows("val")}).save_to_disk(str(tmp_path / "gap"))
+        with pytest.raises(ValueError, match=r"gap/train\[4\] lacks its label: label is empty"):
+            open_imagenet(tmp_path / "gap")
 
     def test_digest(self, tree: Path, image_tree: Path) -> None:
         before = open_imagenet(image_tree).digest
@@ -149,6 +154,8 @@ class TestOpen:
             open_imagenet(tmp_path / "empty")
 
     def test_damaged_trees(self, tree: Path) -> None:
+        (tree / "images-val.tar").write_bytes(b"a download that is no part of the tree")
+        assert open_imagenet(tree).format == "folder"
         shutil.copytree(tree / "val/bag", tree / "val/hat")
         with pytest.raises(ValueError, match=r"1 classes that train lacks, the first of them 'hat'"):
             open_imagenet(tree)
@@ -183,7 +190,35 @@ class TestOpen:
             open_imagenet(shards)
         for path in shards.glob("*val*"):
             path.unlink()
-        with pytest.raises(FileNotFoundError, match=r"holds no shards \*val\*\.tar"):
+        with pytest.raises(FileNotFoundError, match=r"holds no \.tar with the word val or validation in its name"):
+            open_imagenet(shards)
+
+    def test_shards_are_of_the_split_that_a_word_of_their_name_states(self, shards: Path) -> None:
+        for path in shards.glob("*.tar"):
+            path.rename(path.with_name(path.name.replace("toy-", "retrieval_mistrained-")))
+        data = open_imagenet(shards)
+        assert (data.train_size, data.val_size) == (18, 9)
+        first = next(shards.glob("*-train-*"))
+        first.rename(shards / "train-and-val.tar")
+        with pytest.raises(ValueError, match=r"train-and-val\.tar has words of both splits in its name"):
+            open_imagenet(shards)
+        (shards / "train-and-val.tar").rename(first)
+        for path in shards.glob("*-val-*"):
+            path.unlink()
+        with pytest.raises(FileNotFoundError, match=r"holds no \.tar with the word val or validation"):
+            open_imagenet(shards)
+
+    @pytest.mark.parametrize("number", [2, 9], ids=["of the first ones", "of the others"])
+    @pytest.mark.parametrize(("kind", "what"), [("png", "image"), ("cls", "label")])
+    def test_a_sample_without_its_image_or_label(self, kind: str, what: str, number: int, shards: Path) -> None:
+        members = {
+            f"s{n:02d}.{ext}": _png(n % 5) if ext == "png" else b"1" for n in range(11) for ext in ("png", "cls")
+        }
+        del members[f"s{number:02d}.{kind}"]
+        path = shards / "toy-val-0000.tar"
+        _write_tar(path, members)
+        lacks = f"{kind}: it has" if number == 2 else f"its {what}: {kind} is empty"
+        with pytest.raises(ValueError, match=rf"the sample 's{number:02d}' in {path} lacks {lacks}"):
             open_imagenet(shards)
 
 

@@ -1,6 +1,7 @@
 """Several processes: the losses of one, and checkpoints that any number of processes reads."""
 
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -11,10 +12,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from structlin_nn.checkpoints import checkpoints, read_checkpoint
+from structlin_nn.data import batch_rows, load_images
+from structlin_nn.recipes import cifar
 from structlin_nn.recipes._processes import Processes, processes
 from structlin_nn.records import read_record
 from structlin_nn.trained import load_trained
@@ -212,6 +216,53 @@ class TestTwoProcesses:
         for line in (*one.evaluations, *two.evaluations):
             line["seconds"] = line["training_seconds"] = 0
         assert one.evaluations == two.evaluations
+
+
+@pytest.mark.slow
+def test_batch_norm_has_one_model(
+    config: Any, small_cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluated model is that of the checkpoint, of weights and of their average, and that of a resumed run.
+
+    Running statistics are the means over the processes; for those of the inputs the oracle is in float64.
+    """
+    monkeypatch.setitem(sys.modules, "workers", workers)
+    plain = {"augment": False, "mixup": 0.0, "label_smoothing": 0.0, "input_lr_mult": 1.0, "accumulate": 2}
+    config = config.replace(
+        model="workers:normalized", structure="low_rank", options={"rank": 3}, epochs=1, eval_every=1, **plain
+    )
+    jobs: dict[str, dict[str, Any]] = {}
+    for way, ema in itertools.product(("ddp", "fsdp"), (0.0, 0.5)):
+        options = {"out": str(tmp_path / f"{way}-{ema}"), "parallel": way, "data": str(small_cifar), "unverified": True}
+        jobs[f"{way}-{ema}"] = {"recipe": "cifar", "config": config.replace(ema=ema).to_dict(), "options": options}
+    part = at(jobs["ddp-0.5"], tmp_path / "part")
+    workers.start([*jobs.values(), part | {"stop_after": 4}, at(part, tmp_path / "part", resume=True)], 2, tmp_path)
+
+    data = load_images("cifar10", small_cifar, verify=False)
+    mean, var = np.zeros((2, 3072)), np.ones((2, 3072))
+    for step in range(7):
+        rows = batch_rows(240, 32, config.seed, step)
+        centre, scale = (np.reshape(values, (3, 1, 1)) for values in (data.mean, data.std))
+        inputs = ((data.train_images[rows] / 255 - centre) / scale).reshape(32, 3072)
+        for process, share in enumerate(np.split(inputs, 2)):
+            for some in np.split(share, 2):
+                mean[process] += 0.1 * (some.mean(0) - mean[process])
+                var[process] += 0.1 * (some.var(0, ddof=1) - var[process])
+        mean[:], var[:] = mean.mean(0), var.mean(0)
+
+    for name, job in jobs.items():
+        ema = job["config"]["ema"]
+        evaluation = read_record(tmp_path / name / "record.jsonl").evaluations[-1]
+        model = load_trained(tmp_path / name, model=cifar.build(config, 10), average=bool(ema))
+        images, labels = torch.from_numpy(data.test_images), torch.from_numpy(data.test_labels)
+        assert cifar.loss_and_error(model, images, labels, data)[0] == pytest.approx(evaluation["test_loss"], rel=1e-6)
+        found = load_trained(tmp_path / name, model=cifar.build(config, 10))[1]
+        np.testing.assert_allclose(found.running_mean, mean[0], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(found.running_var, var[0], rtol=1e-5, atol=0)
+    one, two = (read_record(tmp_path / name / "record.jsonl").evaluations for name in ("ddp-0.5", "part"))
+    for line in (*one, *two):
+        line["seconds"] = line["training_seconds"] = 0
+    assert one == two
 
 
 def test_one_process_is_found_without_an_environment() -> None:

@@ -1,6 +1,7 @@
 """The recipes in flax are those in torch, to rounding; an interrupted run is bit-identical to one that was not."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,27 @@ def test_resumed_results_are_bit_identical(
     assert [line | {"seconds": 0, "training_seconds": 0} for line in one] == [
         line | {"seconds": 0, "training_seconds": 0} for line in two
     ]
+
+
+# Threads of orbax whose event loop is closed after the error.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_leaves_the_last_checkpoint(
+    config: Any, small_cifar: Path, tmp_path: Path, full_disk: Callable[[int], Any]
+) -> None:
+    module = recipe_module("flax_cifar")
+    options = module.Options(data=small_cifar, unverified=True, quiet=True, out=tmp_path / "run", resume=True)
+    own = module.Config.from_dict(config.replace(**MLP).to_dict())
+    module.train(own, options, watch=lambda run, loss: run.step == 2)
+    with ExitStack() as stack:
+
+        def fill(run: Any, loss: float | None) -> None:
+            if run.step == 3:
+                stack.enter_context(full_disk(3_000))
+
+        with pytest.raises(OSError, match="could not be written: File too large"):
+            module.train(own, replace(options, checkpoint_minutes=0), watch=fill)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["000000002"]
+    assert module.train(own, options).finished
 
 
 def test_damage_and_another_recipe(config: Any, small_cifar: Path, tmp_path: Path) -> None:

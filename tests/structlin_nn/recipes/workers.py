@@ -21,6 +21,14 @@ LIMIT = 600
 """Seconds after which processes are taken to hang: on a loaded machine two take minutes for the jobs of a test."""
 
 
+def normalized(width: int, outputs: int) -> Any:
+    """A model with batch norm, once of its inputs."""
+    from torch import nn
+
+    layers = [nn.BatchNorm1d(3072), nn.Linear(3072, width), nn.BatchNorm1d(width), nn.GELU(), nn.Linear(width, outputs)]
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
 def train(job: dict[str, Any]) -> list[float]:
     """Train as a job says, in whatever processes there are, and return the losses (of the first process)."""
     import torch.distributed as dist

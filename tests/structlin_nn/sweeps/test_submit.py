@@ -1,6 +1,7 @@
 """Runs given to submitit: real jobs on this machine, and a Slurm that only notes what it is given."""
 
 import os
+import pickle
 import re
 import signal
 import sys
@@ -9,10 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from structlin_nn.cli import main
 from structlin_nn.recipes.cifar import Config, Options
-from structlin_nn.records import read_record
+from structlin_nn.records import failure_of, read_record
 from structlin_nn.sweeps.local import Job
 from structlin_nn.sweeps.submit import Command, failures, submit
 
@@ -40,7 +42,7 @@ SWEEP = Sweep(
 
 
 def child(notes: Path) -> Command:
-    return Command([sys.executable, "-c", CHILD, str(notes)])
+    return Command([sys.executable, "-c", CHILD, str(notes)], notes.parent)
 
 
 def until(notes: Path, text: str) -> None:
@@ -60,6 +62,21 @@ class TestCommand:
         with pytest.raises(RuntimeError, match="the command ended with 7: sh -c exit 7"):
             Command(["sh", "-c", "exit 7"])()
 
+    def test_of_a_run_that_fails(self, tmp_path: Path) -> None:
+        """The error is in the folder of the run, unless another process trains there, until the run is begun again."""
+        folder = tmp_path / "run"
+        with pytest.raises(RuntimeError, match="ended with 7"):
+            pickle.loads(pickle.dumps(Command(["sh", "-c", "exit 7"], folder)))()
+        assert failure_of(folder) == "RuntimeError: the command ended with 7: sh -c exit 7"
+        with FileLock(folder / ".lock"), pytest.raises(RuntimeError, match="ended with 1"):
+            Command(["false"], folder)()
+        assert failure_of(folder) is None
+        with pytest.raises(FileNotFoundError, match="no-such-program"):
+            Command(["no-such-program"], folder)()
+        assert "no-such-program" in str(failure_of(folder))
+        Command(["true"], folder)()
+        assert failure_of(folder) is None
+
     def test_hands_sigterm_on(self, tmp_path: Path) -> None:
         notes, before = tmp_path / "notes", signal.getsignal(signal.SIGTERM)
 
@@ -72,6 +89,7 @@ class TestCommand:
         with pytest.raises(RuntimeError, match="ended with 143"):
             child(notes)()
         thread.join()
+        assert failure_of(tmp_path) is None
         assert notes.read_text() == "started stopped "
         assert signal.getsignal(signal.SIGTERM) == before
 
@@ -135,7 +153,9 @@ class TestSubmit:
         assert "w16: the command ended with 2: " in capfd.readouterr().err
         assert read_record("runs/mine/w8/record.jsonl").finished
         Path("runs/mine/w16/checkpoints/000000001").rmdir()
-        assert main([*line.split()[:-1], "--json"]) == 0
+        assert main(line.split()) == 1
+        assert "1 of 2 runs failed: w16; --retry resumes it" in capfd.readouterr().err
+        assert main([*line.split()[:-1], "--json", "--retry"]) == 0
         assert read_record("runs/mine/w16/record.jsonl").finished
 
 
