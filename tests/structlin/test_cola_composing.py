@@ -123,6 +123,23 @@ def test_blocks_products_slices_and_identities(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+def test_bands_and_reflections_from_the_left(backend, dtype):
+    make = MAKE[backend]
+    below, main, above, v = (draw(n, seed=n + i, dtype=dtype) for i, n in enumerate((4, 5, 4, 5)))
+    bands = cola.ops.Tridiagonal(*map(make, (below, main, above)))
+    matrix = np.diag(below, -1) + np.diag(main) + np.diag(above, 1)
+    reflection = cola.ops.Householder(make(v[:, None] / np.linalg.norm(v)))
+    mirror = np.eye(5) - 2 * np.outer(v, v.conj()) / np.linalg.norm(v) ** 2
+    for op, want in ((bands, matrix), (reflection, mirror), (bands + reflection, matrix + mirror)):
+        check(op, want, backend)
+        same(make(draw(5)) @ op, draw(5) @ want)
+        same(structlin.spectral_norm(op), np.linalg.norm(want, 2))
+        got = structlin.linalg.lsmr(op, make(draw(5, dtype=dtype)), tolerance=1e-14)
+        np.testing.assert_allclose(on_host(got), np.linalg.solve(want, draw(5, dtype=dtype)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_scaling_by_arrays_of_the_same_library(backend):
     (A, a), make = operators(backend)["A"], MAKE[backend]
     check(make(3.0) * A, 3 * a, backend)
