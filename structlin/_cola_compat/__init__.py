@@ -94,12 +94,14 @@ from structlin._cola_compat._repair import (  # noqa: E402
     library_of,
     rule,
 )
+from structlin._cola_compat._slicing import entries_of_diagonal  # noqa: E402
 from structlin._cola_compat._values import VALUES, known_scalar, parity, scaled_annotations  # noqa: E402
 
 __all__ = [
     "REPAIRS",
     "as_scalar",
     "device_of",
+    "entries_of_diagonal",
     "functions_of",
     "implementation",
     "install",
