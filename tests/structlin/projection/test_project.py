@@ -12,7 +12,7 @@ import torch
 import structlin
 from structlin import AbstractStructure, Factor, NamedOperator, Structure, design, register, unregister
 from structlin.conversion import exact_rank
-from structlin.projection import Problem, Projection, project, solve
+from structlin.projection import Problem, Projection, estimated_error, project, solve, spectrum
 
 MAKE = {"numpy": np.array, "torch": torch.tensor, "jax": jnp.array}
 TYPES = {"numpy": np.ndarray, "torch": torch.Tensor, "jax": jax.Array}
@@ -263,6 +263,26 @@ def test_neither_huge_nor_tiny_matrices_lose_their_error(name, options, scale):
     assert (scaled.error_bound or 0) == pytest.approx(plain.error_bound or 0, rel=1e-6)
     loose = 1e-2 if plain.iterations else 1e-12  # the tolerance of the iteration is one of the error
     np.testing.assert_allclose(scaled.operator.to_dense() / scale, plain.operator.to_dense(), rtol=loose, atol=loose)
+
+
+@pytest.mark.parametrize("scale", [1e160, 1e-200, 1e300])
+@pytest.mark.parametrize("name", ["low_rank", "block_tensor_train", "tensor_train"])
+def test_the_spectrum_and_the_rank_of_huge_and_tiny_matrices(name, scale, covariance):
+    target, C = gaussian((24, 36), seed=5), covariance(36)[0]
+    shape = design(name, (24, 36), rank=1)
+    for weights in ((), (C,)):
+        options = {"input_covariance": C} if weights else {}
+        plain, scaled = (project(s * target, name, target_error=0.5, **options) for s in (1.0, scale))
+        assert scaled.operator.structure == plain.operator.structure
+        assert scaled.relative_error == pytest.approx(plain.relative_error, rel=1e-3)
+        plain, scaled = (spectrum(shape, Problem(s * target, *weights)) for s in (1.0, scale))
+        assert plain is not None or weights
+        if plain is not None:
+            np.testing.assert_allclose(scaled / scale, plain, rtol=1e-9, atol=1e-12)
+    plain, scaled = (estimated_error(shape, Problem(s * target, C), 30) for s in (1.0, scale))
+    assert scaled / scale == pytest.approx(plain, rel=1e-3)
+    single = spectrum(shape, Problem((1e30 * target).astype(np.float32)))
+    np.testing.assert_allclose(single / 1e30, spectrum(shape, Problem(target)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1e160, 1e-200])
