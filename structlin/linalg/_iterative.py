@@ -21,7 +21,7 @@ from cola.linalg.inverse.cg import CG
 from cola.linalg.inverse.gmres import GMRES
 from cola.ops import LinearOperator
 
-from structlin._arrays import Array, backend_of
+from structlin._arrays import Array, backend_of, on_cpu
 from structlin._implicit import Solver, frozen, solution
 from structlin._iterations import Apply, conjugate_gradients, dots, iterate
 from structlin._lapack import eps, is_known, is_transformed, known, lapack, nan_unless, require_precision
@@ -339,7 +339,7 @@ def host_array(x: Array) -> np.ndarray:
         raise ValueError(
             "this solver runs on the host, so it cannot be traced; structlin.linalg.cg can be traced by jax"
         )
-    return np.asarray(x.detach().cpu().resolve_conj() if hasattr(x, "detach") else x)
+    return np.asarray(on_cpu(x) if hasattr(x, "detach") else x)
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------

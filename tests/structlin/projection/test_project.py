@@ -302,6 +302,19 @@ def test_the_error_of_a_permutation_far_from_all_of_them():
     assert project(1e-200 * np.eye(4), "permutation").relative_error == pytest.approx(1e200)
 
 
+def test_lazy_views_of_torch():
+    W = torch.tensor(gaussian((6, 5)) + 1j * gaussian((6, 5), seed=1))
+    for view in (W.conj().imag, W.conj(), W.mH):
+        assert view.is_neg() or view.is_conj()
+        found, plain = (project(x, "low_rank", rank=2) for x in (view, view.resolve_conj().resolve_neg()))
+        assert found.relative_error == plain.relative_error
+        torch.testing.assert_close(found.operator.to_dense(), plain.operator.to_dense())
+    view = W.conj().imag[0]
+    np.testing.assert_array_equal(structlin.interop.to_numpy(structlin.Diagonal(view)).diagonal(), -W[0].imag.numpy())
+    found = structlin.linalg.lsmr(structlin.Diagonal(1 + 0 * view), view, tolerance=1e-14)
+    torch.testing.assert_close(found, -W[0].imag)
+
+
 def test_closed_forms_keep_the_dtype_and_iterations_are_in_double():
     target = gaussian((12, 12)).astype(np.float32)
     for name, options, dtype in (
