@@ -180,6 +180,11 @@ def ops(name: str) -> SimpleNamespace:
     return found
 
 
+def on_cpu(x: Array) -> Array:
+    """Return a tensor without derivatives, on the CPU, whose memory NumPy can view: lazy conj and neg are computed."""
+    return x.detach().cpu().resolve_conj().resolve_neg()
+
+
 def dtype_name(dtype: Any) -> str:
     """Return the name of a dtype of any of the three libraries, such as ``float32``."""
     text = str(np.dtype(dtype)) if isinstance(dtype, type) else str(dtype)

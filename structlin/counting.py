@@ -77,12 +77,14 @@ def _scaled(op: LinearOperator, count: Count) -> Work:
 
 
 @register_work(cola.ops.Tridiagonal)
+@register_work(cola.ops.Tridiagonal, transposed=True)
 def _tridiagonal(op: cola.ops.Tridiagonal, count: Count) -> Work:
     # Three products, of n, n - 1 and n - 1 numbers, and two additions of the n (padded).
     return _elementwise(5 * op.shape[0] - 2)
 
 
 @register_work(cola.ops.Householder)
+@register_work(cola.ops.Householder, transposed=True)
 def _householder(op: cola.ops.Householder, count: Count) -> Work:
     # Inner product, its multiple by beta, then x - multiple * vec.
     return _elementwise(4 * op.shape[0])

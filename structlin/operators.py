@@ -166,7 +166,7 @@ class StructuredOperator(LinearOperator):
             return self._matmat(X[:, None])[:, 0]
         if X.ndim == 2:
             return self._matmat(X)
-        factors, X = _promoted(self.factors, X)
+        factors, X = self._promoted(X)
         return self.structure.apply(factors, X.swapaxes(-1, -2)).swapaxes(-1, -2)
 
     def __rmatmul__(self, X: Any) -> Any:
@@ -191,13 +191,29 @@ class StructuredOperator(LinearOperator):
 
     def _matmat(self, X: Array) -> Array:
         """Return a @ X for X of shape (d_in, k)."""
-        factors, X = _promoted(self.factors, X)
+        factors, X = self._promoted(X)
         return self.structure.apply_columns(factors, X)
 
     def _rmatmat(self, X: Array) -> Array:
         """Return X @ A for X of shape (..., d_out), by the transposed structure."""
-        factors, X = _promoted(self.factors, X)
+        factors, X = self._promoted(X)
         return self._transposed.apply(self.structure.transpose_factors(factors), X)
+
+    def _promoted(self, X: Array) -> tuple[tuple[Array, ...], Array]:
+        """Return factors and operand in their common dtype, as CoLA's operators do; integer factors are not cast."""
+        factors, dtype = self.factors, X.dtype
+        for factor in factors:
+            if factor.dtype != dtype:
+                break
+        else:
+            return factors, X
+        inexact = [f.dtype for f in factors if is_inexact(f.dtype)]
+        if not inexact:
+            return factors, X
+        xnp = functions_of(backend_of(X))
+        common = xnp.promote_types(inexact[0], dtype)
+        cast = xnp.cast
+        return tuple(cast(f, common) if is_inexact(f.dtype) else f for f in factors), cast(X, common)
 
     def to_dense(self) -> Array:
         """Return the matrix as an array.
@@ -434,23 +450,6 @@ def _resolve_dtype(backend: str, dtype: Any) -> Any:
             )
         return jnp.dtype(name)
     return np.dtype(name)
-
-
-def _promoted(factors: tuple[Array, ...], X: Array) -> tuple[tuple[Array, ...], Array]:
-    """Return factors and operand in their common dtype, as CoLA's operators do; integer factors are not cast."""
-    dtype = X.dtype
-    for factor in factors:
-        if factor.dtype != dtype:
-            break
-    else:
-        return factors, X
-    inexact = [f.dtype for f in factors if is_inexact(f.dtype)]
-    if not inexact:
-        return factors, X
-    xnp = functions_of(backend_of(X))
-    common = xnp.promote_types(inexact[0], dtype)
-    cast = xnp.cast
-    return tuple(cast(f, common) if is_inexact(f.dtype) else f for f in factors), cast(X, common)
 
 
 def _moved(x: Array, backend: str, device: Any, dtype: Any) -> Array:

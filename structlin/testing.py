@@ -26,7 +26,7 @@ import numpy as np
 from opt_einsum import contract, get_symbol
 
 from structlin import counting
-from structlin._arrays import Array, backend_of, dtype_name, ops, to_backend
+from structlin._arrays import Array, backend_of, dtype_name, on_cpu, ops, to_backend
 from structlin._counted import counted
 from structlin.registry import NamedOperator, design
 from structlin.scale import OPTIMIZERS, RULES, init_std, lr_multipliers, random_factors
@@ -308,7 +308,7 @@ def to_numpy(x: Array) -> np.ndarray:
         Array of the same shape.
     """
     if backend_of(x) == "torch":
-        x = x.detach().cpu().resolve_conj()
+        x = on_cpu(x)
         x = x.double() if dtype_name(x.dtype) == "bfloat16" else x
     name = dtype_name(x.dtype)
     return np.asarray(x).astype("complex128" if "complex" in name else "int64" if "int" in name else "float64")

@@ -29,8 +29,9 @@ Composing (`structlin._cola_compat._composing`, ``_slicing``, ``_pickling``): er
                [row, index_array, index_pairs, reversed_rows, repeated_columns, complex_slice, empty_slice]
     concat     ``Concatenated`` asks for equal sizes along the wrong axis, and along axis 1 it multiplies as along
                axis 0. [concatenated]
-    rows       ``X @ A`` differentiates ``A @ x`` for Kronecker, KronSum, BlockDiag, Identity, ScalarMul and
-               Permutation, which is slow, and not available on NumPy. [rows]
+    rows       ``X @ A`` differentiates ``A @ x`` for Kronecker, KronSum, BlockDiag, Identity, ScalarMul,
+               Permutation, Tridiagonal and Householder, which is slow, not available on NumPy, and fails on torch for
+               a complex operator and a real X. [rows]
     clip       jax 0.10: ``jnp.clip`` no longer has ``a_min``, which Arnoldi uses. [arnoldi]
     pickling   operators hold a module, and classes such as ``Sum[Dense, Dense]`` cannot be found by name, so that
                pickle, copy.deepcopy and torch.save raise. [pickle_and_copy]
@@ -95,12 +96,14 @@ from structlin._cola_compat._repair import (  # noqa: E402
     library_of,
     rule,
 )
+from structlin._cola_compat._slicing import entries_of_diagonal  # noqa: E402
 from structlin._cola_compat._values import VALUES, known_scalar, parity, scaled_annotations  # noqa: E402
 
 __all__ = [
     "REPAIRS",
     "as_scalar",
     "device_of",
+    "entries_of_diagonal",
     "functions_of",
     "implementation",
     "install",

@@ -17,6 +17,7 @@ from cola.linalg.algorithm_base import Algorithm
 from cola.ops import (
     BlockDiag,
     Concatenated,
+    Householder,
     Identity,
     Kronecker,
     KronSum,
@@ -24,6 +25,7 @@ from cola.ops import (
     Permutation,
     Product,
     ScalarMul,
+    Tridiagonal,
     operator_base,
     operators,
 )
@@ -311,6 +313,15 @@ def _permutation_rows(self: Any, X: Array) -> Array:
     return X[:, self.xnp.argsort(self.perm)]
 
 
+def _tridiagonal_rows(self: Any, X: Array) -> Array:
+    return Tridiagonal(self.gamma, self.beta, self.alpha)._matmat(X.T).T
+
+
+def _householder_rows(self: Any, X: Array) -> Array:
+    v = self.vec[:, 0]  # A = I - beta v v^H
+    return X - self.beta * self.xnp.sum(X * v, axis=-1, keepdims=True) * self.xnp.conj(v)
+
+
 _ROWS = {
     Kronecker: _kronecker_rows,
     KronSum: _kron_sum_rows,
@@ -318,6 +329,8 @@ _ROWS = {
     Identity: lambda self, X: X,
     ScalarMul: lambda self, X: self.c * X,
     Permutation: _permutation_rows,
+    Tridiagonal: _tridiagonal_rows,
+    Householder: _householder_rows,
 }
 
 

@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 from cola.annotations import Stiefel, Unitary
-from cola.ops import LinearOperator, Sliced
+from cola.ops import Dense, Diagonal, LinearOperator, Sliced
 
 from structlin._arrays import Array
 from structlin._cola_compat._repair import Repair, replacing, rule
+from structlin._lapack import lapack
+
+_NUMBERS = 2**22  # of the columns that are computed at a time for some of their entries
 
 
 def _is_int(x: Any) -> bool:
@@ -62,8 +65,7 @@ def _getitem(self: Any, index: Any) -> Any:
                 f"two vectors of indices pick entries and must be equally long, got {len(i)} and {len(j)}; "
                 "A[np.ix_(rows, columns)] is a submatrix"
             )
-        units = xnp.array(np.arange(d_in)[:, None] == j, dtype=self.dtype, device=self.device)
-        return (self @ units)[i, np.arange(len(j))]
+        return self._entries(i, j)
     if _is_int(columns):
         column = self @ unit(_position(columns, d_in, 1), d_in)
         return column[_entry(rows, d_out, 0)]
@@ -71,6 +73,25 @@ def _getitem(self: Any, index: Any) -> Any:
         row = unit(_position(rows, d_out, 0), d_out) @ self
         return row[_entry(columns, d_in, 1)]
     return Sliced(A=self, slices=(rows, columns))
+
+
+def _entries(self: Any, i: np.ndarray, j: np.ndarray) -> Array:
+    """Return the entries at (i[k], j[k]) from the columns that occur, some at a time."""
+    chosen, place = np.unique(j, return_inverse=True)
+    step, units = max(1, _NUMBERS // max(self.shape)), np.arange(self.shape[1])[:, None]
+    found, order = [], []
+    for start in range(0, max(1, len(chosen)), step):
+        part = self.xnp.array(units == chosen[start : start + step], dtype=self.dtype, device=self.device)
+        held = np.flatnonzero(place // step == start // step)
+        found.append((self @ part)[i[held], place[held] - start])
+        order.append(held)
+    return self.xnp.concat(found)[np.argsort(np.concatenate(order))]
+
+
+def entries_of_diagonal(values: Array, i: np.ndarray, j: np.ndarray) -> Array:
+    """Return the entries at (i[k], j[k]) of a diagonal matrix."""
+    xp = lapack(values)
+    return xp.where(xp.index(i == j, values), values[i], xp.zeros((len(i),), values))
 
 
 def _entry(index: Any, n: int, axis: int) -> Any:
@@ -131,6 +152,9 @@ def _annotations_of_sliced(A: Sliced) -> set[type]:
 _REPLACED = replacing(
     "slicing",
     (LinearOperator, "__getitem__", _getitem),
+    (LinearOperator, "_entries", _entries),
+    (Dense, "_entries", lambda self, i, j: self.A[i, j]),
+    (Diagonal, "_entries", lambda self, i, j: entries_of_diagonal(self.diag, i, j)),
     (Sliced, "__init__", _sliced_init),
     (Sliced, "_matmat", _sliced_columns),
     (Sliced, "_rmatmat", _sliced_rows),

@@ -18,14 +18,14 @@ import cola
 import numpy as np
 from cola.ops import LinearOperator
 
-from structlin._arrays import Array, backend_of, dtype_name, to_backend
+from structlin._arrays import Array, backend_of, dtype_name, on_cpu, to_backend
 
 
 def host(x: Array) -> np.ndarray:
     """Return an array of any library and device as a writable NumPy array; bfloat16 becomes float32."""
     library, half = backend_of(x), dtype_name(x.dtype) == "bfloat16"
     if library == "torch":
-        x = x.detach().cpu().resolve_conj()
+        x = on_cpu(x)
         return (x.float() if half else x).numpy()
     if library == "jax":  # a view of jax's memory would be read-only
         return np.array(x, dtype=np.float32 if half else None)

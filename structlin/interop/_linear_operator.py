@@ -34,6 +34,8 @@ def to_linear_operator(A: LinearOperator) -> Any:
     ------
     TypeError
         If A is not an operator, or not one of torch tensors.
+    ValueError
+        From methods of the result that add batch axes: ``unsqueeze``, ``repeat`` and ``expand``.
     ImportError
         If linear_operator is not installed (``pip install "structlin[peers]"``).
 
@@ -90,6 +92,21 @@ def _adapter() -> Any:
 
         def _diagonal(self) -> torch.Tensor:
             return cola.linalg.diag(self.operator)
+
+        def _get_indices(
+            self, row_index: torch.Tensor, col_index: torch.Tensor, *batch_indices: torch.Tensor
+        ) -> torch.Tensor:
+            """Return entries; the pivoted Cholesky decomposition asks for those of one row at a time."""
+            i, j = torch.broadcast_tensors(row_index, col_index)
+            rows, columns = row_index.unique().numel(), col_index.unique().numel()
+            A, first, last = (self.operator.T, j, i) if rows < columns else (self.operator, i, j)
+            return A[first.flatten(), last.flatten()].reshape(i.shape)
+
+        def _unsqueeze_batch(self, dim: int) -> Peer:
+            raise ValueError(
+                f"an operator of structlin, here {tuple(self.shape)}, has no batch axes; unsqueeze, repeat and expand "
+                "cannot add one: for a batch, write linear_operator.operators.DenseLinearOperator(L.to_dense())"
+            )
 
         def to_dense(self) -> torch.Tensor:
             return self.operator.to_dense()

@@ -21,11 +21,11 @@ from cola.linalg.inverse.cg import CG
 from cola.linalg.inverse.gmres import GMRES
 from cola.ops import LinearOperator
 
-from structlin._arrays import Array, backend_of
+from structlin._arrays import Array, backend_of, on_cpu
 from structlin._implicit import Solver, frozen, solution
 from structlin._iterations import Apply, conjugate_gradients, dots, iterate
 from structlin._lapack import eps, is_known, is_transformed, known, lapack, nan_unless, require_precision
-from structlin.linalg._common import like, require_limits, require_operator, require_square
+from structlin.linalg._common import in_dtype, like, require_limits, require_operator, require_square
 from structlin.verdicts import Answer, Verdict
 
 _SLACK = 10  # largest ratio of the true residual to the tolerance, which the residual of the recurrence has met
@@ -244,14 +244,15 @@ def minres(
     M = None if preconditioner is None else host_operator(preconditioner)
 
     def run(A: Any, b: Array) -> tuple[Array, int]:
-        H, columns, counts = host_operator(A), [], [0]
+        wide = _with_dtype_of(b, A)
+        H, columns, counts = host_operator(wide), [], [0]
         for column in host_array(b).T:
             count = itertools.count()
             # SciPy compares the residual with rtol |A| |x|, which may exceed tolerance |b|; a smaller rtol allows that
             options: Any = {"rtol": tolerance / 100, "maxiter": max_iterations, "M": M}
             columns.append(sparse.minres(H, column, callback=lambda _, count=count: next(count), **options)[0])
             counts.append(next(count))
-        return like(np.array(columns).T.copy(), A), max(counts)
+        return like(np.array(columns).T.copy(), wide), max(counts)
 
     return _verified(A, b, run, run, tolerance, "MINRES", full_output)
 
@@ -304,9 +305,10 @@ def lsmr(
     require_operator(A)
     _check_right_side(A, b)
     limit = 4 * min(A.shape) + 20 if max_iterations is None else max_iterations
-    H, iterations, norms = host_operator(A), 0, []
+    right, parts = _real_columns(A, _columns(_promoted(b, A)))
+    wide = _with_dtype_of(right, A)
+    H, iterations, norms = host_operator(wide), 0, []
     columns = []
-    right, parts = _real_columns(A, _columns(b))
     for column in host_array(right).T.copy():  # SciPy may write into it
         x, reason, count, _, normal, size, *_ = sparse.lsmr(H, column, damp, tolerance, tolerance, 0, limit)
         if reason == 7:
@@ -314,7 +316,7 @@ def lsmr(
         iterations = max(iterations, count)
         norms.append(normal / max(size * np.linalg.norm(column), np.finfo(float).tiny))
         columns.append(x)
-    x = parts(like(np.array(columns).T.copy(), A)).reshape((A.shape[1], *tuple(b.shape[1:])))
+    x = parts(like(np.array(columns).T.copy(), wide)).reshape((A.shape[1], *tuple(b.shape[1:])))
     if not full_output:
         return x
     return Answer(x, Verdict.ESTIMATED, float(max(norms, default=0.0)), {"iterations": iterations})
@@ -337,7 +339,7 @@ def host_array(x: Array) -> np.ndarray:
         raise ValueError(
             "this solver runs on the host, so it cannot be traced; structlin.linalg.cg can be traced by jax"
         )
-    return np.asarray(x.detach().cpu().resolve_conj() if hasattr(x, "detach") else x)
+    return np.asarray(on_cpu(x) if hasattr(x, "detach") else x)
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------
@@ -357,6 +359,16 @@ def _check_system(A: LinearOperator, b: Array, tolerance: float, limit: int) -> 
     require_square(A, "solving", "; structlin.linalg.lsmr accepts any shape")
     _check_right_side(A, b)
     require_limits(tolerance, limit)
+
+
+def _promoted(b: Array, A: LinearOperator) -> Array:
+    """Return b in the common dtype of b and A."""
+    return lapack(b).astype(b, A.xnp.promote_types(A.dtype, b.dtype))
+
+
+def _with_dtype_of(b: Array, A: LinearOperator) -> LinearOperator:
+    """Return A in the dtype of b, or unchanged if A holds functions."""
+    return A if A.dtype == b.dtype else in_dtype(A, b.dtype) or A
 
 
 def _real_columns(A: LinearOperator, b: Array) -> tuple[Array, Callable[[Array], Array]]:
@@ -390,10 +402,9 @@ def _verified(
     ``adjoint`` is the method for A.H.
     """
     fixed, xp = frozen(A), lapack(b)
+    b = _promoted(b, A)
     bound = _SLACK * max(tolerance, eps(b.dtype))
     statistics: dict[str, Any] = {}
-    if "complex" in str(A.dtype) and "complex" not in str(b.dtype):
-        b = b + 0j
 
     def solver(operator: Callable[[], Any], run: Run) -> Callable[[Array], Array]:
         def solve(b: Array) -> Array:

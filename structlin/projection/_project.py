@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from structlin._arrays import Array, backend_of, to_backend
+from structlin._arrays import Array, backend_of, on_cpu, to_backend
 from structlin.operators import StructuredOperator
 from structlin.projection._solve import Problem, Settings, Solution, solve, spectrum
 from structlin.registry import NamedOperator, design, structure_class, structure_names, structure_options
@@ -153,7 +153,7 @@ def _matrix(name: str, array: Array) -> np.ndarray:
     if backend == "torch":
         complex_ = array.is_complex()
         floating = complex_ or array.is_floating_point()
-        found = array.detach().cpu().resolve_conj()
+        found = on_cpu(array)
         found = (found.float() if floating and not complex_ and found.element_size() < 4 else found).numpy()
     else:
         found = np.asarray(array)

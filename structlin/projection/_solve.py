@@ -118,6 +118,19 @@ def _shifted(array: np.ndarray, exponent: int) -> np.ndarray:
     return array * 2.0**half * 2.0 ** (exponent - half) if exponent else array
 
 
+def _near_one(problem: Problem, scales: bool = True) -> tuple[Problem, int, int]:
+    """Return the problem with arrays whose squares are in range, and the exponents of its matrices and errors.
+
+    Matrices of the original problem are those of this one times ``2^exponent``, and so are errors.
+    """
+    weights = 0 if problem.covariance is None else _exponent(problem.covariance)
+    scale = _exponent(problem.target) if scales else 0
+    if weights or scale:
+        covariance = None if problem.covariance is None else _shifted(problem.covariance, -weights)
+        problem = Problem(_shifted(problem.target, -scale), covariance)
+    return problem, scale, scale + weights // 2
+
+
 def solve(structure: AbstractStructure, problem: Problem, settings: Settings | None = None) -> Solution:
     """Return the nearest matrix of ``structure``, as :func:`structlin.project` does, on NumPy arrays.
 
@@ -126,17 +139,12 @@ def solve(structure: AbstractStructure, problem: Problem, settings: Settings | N
     TypeError
         If the structure is not a chain and does not implement ``nearest``.
     """
-    weights = 0 if problem.covariance is None else _exponent(problem.covariance)
-    scale = _exponent(problem.target) if all(f.trainable for f in structure.factors) else 0
-    if weights or scale:
-        covariance = None if problem.covariance is None else _shifted(problem.covariance, -weights)
-        problem = Problem(_shifted(problem.target, -scale), covariance)
+    problem, scale, back = _near_one(problem, all(f.trainable for f in structure.factors))
     found = _solved(structure, problem, settings or Settings())
-    if not (weights or scale):
+    if not (scale or back):
         return found
     share, rest = divmod(scale, len(found.factors))
     factors = tuple(_shifted(f, share + (k < rest)) if scale else f for k, f in enumerate(found.factors))
-    back = scale + weights // 2
     bound = None if found.bound is None else float(np.ldexp(found.bound, back))
     return replace(found, factors=factors, error=float(np.ldexp(found.error, back)), bound=bound)
 
@@ -266,6 +274,7 @@ def spectrum(structure: AbstractStructure, problem: Problem) -> np.ndarray | Non
     """
     if not isinstance(structure, Structure) or len(structure.steps) != 2:
         return None
+    problem, _, back = _near_one(problem)
     chain = Chain.of(structure, problem)
     network, target = chain.network, chain.target
     if network.joined or not chain.rectangular():
@@ -284,7 +293,7 @@ def spectrum(structure: AbstractStructure, problem: Problem) -> np.ndarray | Non
         matrices = weighted.scaled
     squares = linalg.svd(matrices, compute_uv=False) ** 2
     beyond = np.cumsum(squares.sum(axis=0)[::-1])[::-1]
-    return np.sqrt(max(0.0, offset) + copies * np.append(beyond[1:], 0.0))
+    return np.ldexp(np.sqrt(max(0.0, offset) + copies * np.append(beyond[1:], 0.0)).astype(float), back)
 
 
 def _chain(structure: Structure, problem: Problem, settings: Settings) -> Solution:
@@ -370,10 +379,10 @@ def estimated_error(structure: AbstractStructure, problem: Problem, sweeps: int)
     The error is absolute, as in :class:`Solution`. ``problem`` and errors raised are those of :func:`solve`.
     """
     if isinstance(structure, Structure):
-        wide, shift = problem.wide, _exponent(problem.target)
-        chain = Chain.of(structure, Problem(_shifted(wide.target, -shift), wide.covariance) if shift else wide)
+        near, _, back = _near_one(problem)
+        chain = Chain.of(structure, near.wide)
         if chain.covariance is not None and len(chain.network.factors) == 2 and chain.rectangular():
-            blocks = BlockFit.of(chain.network, chain.target, chain.covariance, problem.known)
+            blocks = BlockFit.of(chain.network, chain.target, chain.covariance, near.known)
             if blocks is not None:
-                return float(np.ldexp(blocks.error_after(sweeps), shift))
+                return float(np.ldexp(blocks.error_after(sweeps), back))
     return solve(structure, problem, Settings(restarts=0, max_sweeps=sweeps)).error

@@ -384,7 +384,7 @@ def _draw(
 
 
 def fit_power_law(
-    compute: npt.ArrayLike, error: npt.ArrayLike, *, floor: bool | float = False, loss: str = "soft_l1"
+    compute: npt.ArrayLike, error: npt.ArrayLike, *, floor: bool | np.bool_ | float = False, loss: str = "soft_l1"
 ) -> PowerLawFit:
     r"""Fit :math:`\mathrm{error} = a \, C^{-\alpha} + c` to points by least squares of the logarithms.
 
@@ -425,6 +425,7 @@ def fit_power_law(
     positive("error", y)
     if loss not in LOSSES:
         raise ValueError(f"unknown loss {loss!r}; one of {', '.join(LOSSES)}")
+    floor = bool(floor) if isinstance(floor, np.bool_) else floor
     if not isinstance(floor, bool) and not 0 <= floor < y.min(initial=math.inf):
         raise ValueError(
             f"a known floor must be at least 0 and below every error, got {floor} and a smallest error of {y.min():g}"

@@ -73,6 +73,7 @@ class LossLaw:
 
     def __call__(self, params: Any, tokens: Any) -> Any:
         """Return the loss at sizes, numbers or arrays."""
+        params, tokens = (np.asarray(size, dtype=np.float64) for size in (params, tokens))
         value = self.E + self.A * np.power(params, -self.alpha) + self.B * np.power(tokens, -self.beta)
         return float(value) if np.ndim(value) == 0 else value
 

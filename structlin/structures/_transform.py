@@ -14,6 +14,7 @@ from cola.annotations import Unitary
 
 from structlin._arrays import Array, to_backend
 from structlin._lapack import lapack
+from structlin.operators import is_inexact
 from structlin.registry import NamedOperator
 from structlin.structure import AbstractStructure, Factor
 from structlin.structures._square import SquareStructure, size_of
@@ -82,6 +83,12 @@ class Transform(NamedOperator):
         first = A.factors[0]
         place = lapack(first).index(np.zeros(1, dtype=np.int64), first)
         return cls._build(cls.design((size_of(A.shape, "a transform"),) * 2), (place,), A.dtype)
+
+    def _promoted(self, X: Array) -> tuple[tuple[Array, ...], Array]:
+        """Return factors and operand, which keeps its precision; only integers take that of the operator."""
+        if not is_inexact(X.dtype):
+            X = self.xnp.cast(X, self.xnp.promote_types(self.dtype, X.dtype))
+        return self.factors, X
 
     @classmethod
     def _own_annotations(cls, structure: AbstractStructure) -> frozenset[type]:

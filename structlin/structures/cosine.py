@@ -36,13 +36,14 @@ class CosineStructure(TransformStructure):
         xp = lapack(x)
         if 0 in x.shape:
             return x
-        wide = xp.to_float32(x) if xp.is_low_precision(x) else x
+        low = xp.is_low_precision(x)
+        wide = xp.to_float32(x) if low else x
         transform = self._backward if self.backward else self._forward
         if xp.is_complex(wide):
             y = transform(wide.real, xp) + 1j * transform(wide.imag, xp)
         else:
             y = transform(wide, xp)
-        return xp.astype(y, x.dtype)
+        return xp.astype(y, x.dtype) if low else y
 
     def _forward(self, x: Array, xp: SimpleNamespace) -> Array:
         """Return the DCT by one FFT (Makhoul 1980): reorder the entries, transform, multiply by phases.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from structlin._arrays import Array
 from structlin.registry import NamedOperator, register
 from structlin.structure import Structure
 
@@ -30,6 +33,10 @@ class Dense(NamedOperator):
     parameters = "d_in d_out"
     source = "-"
     examples = (((5, 7), {}), ((7, 5), {}), ((1, 6), {}))
+
+    def _entries(self, i: np.ndarray, j: np.ndarray) -> Array:
+        step, W = self.structure.steps[0], self.factors[0]  # type: ignore[attr-defined]
+        return W[i, j] if step.factor[0] == step.output else W[j, i]  # the transpose keeps the layout
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> Structure:

@@ -12,6 +12,7 @@ from cola.annotations import PSD, SelfAdjoint, Unitary
 
 from structlin import _spectra as spectra
 from structlin._arrays import Array
+from structlin._cola_compat import entries_of_diagonal
 from structlin._lapack import determinant_of_numbers, inverse_values, lapack, phases, promoted, reciprocals
 from structlin.registry import NamedOperator, register
 from structlin.structure import Factor
@@ -155,6 +156,9 @@ class Diagonal(NamedOperator):
         if not v.dtype == X.dtype == y.dtype or type(v) is not type(X):
             return y + self @ X
         return lapack(X).plus_scaled(y, v[:, None], X)
+
+    def _entries(self, i: np.ndarray, j: np.ndarray) -> Array:
+        return entries_of_diagonal(self.factors[0], i, j)
 
     @staticmethod
     def design(shape: tuple[int, int], /) -> DiagonalStructure:

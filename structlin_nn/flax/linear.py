@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from structlin._arrays import ops
 from structlin.structure import AbstractStructure, Structure
@@ -148,6 +149,12 @@ class StructuredLinear(PlannedLayer, nnx.Module):
         x, bias, *weights = promoted
         for number, index in indices.items():
             weights.insert(number, index)
+        product = self._product
+        if axes := jax.sharding.get_abstract_mesh().explicit_axes:  # XLA partitions the steps, as under an Auto mesh
+            product = jax.sharding.auto_axes(product, axes=axes, out_sharding=_out_sharding(self.structure, x, weights))
+        return product(x, bias, weights)
+
+    def _product(self, x: Array, bias: Array | None, weights: list[Array]) -> Array:
         if self._plan.is_dense:
             y = jax.lax.dot_general(x, weights[0], (((x.ndim - 1,), (1,)), ((), ())))
         else:
@@ -165,6 +172,24 @@ class StructuredLinear(PlannedLayer, nnx.Module):
         for name in ("factors", "gains", "bias"):
             if getattr(self, name) is not None:
                 yield nnx.reprlib.Attr(name, getattr(self, name))
+
+
+def _out_sharding(structure: AbstractStructure, x: Array, weights: list[Array]) -> PartitionSpec:
+    """Return the sharding of the product under an Explicit mesh.
+
+    It is that of x, and for the features that of the first axis of the output in the last factor. They are not sharded
+    if they do not divide evenly or if x has the same mesh axis.
+    """
+    lead, last = (*jax.typeof(x).sharding.spec, *(None,) * x.ndim)[: x.ndim - 1], None
+    if isinstance(structure, Structure):
+        step, sharding = structure.steps[-1], jax.typeof(weights[-1]).sharding
+        if step.output[0] in step.factor and not structure.padding[1]:
+            last = sharding.spec[step.factor.index(step.output[0])]
+    return PartitionSpec(*lead, None if _mesh_axes(lead) & _mesh_axes([last]) else last)
+
+
+def _mesh_axes(entries: Iterable[Any]) -> set[str]:
+    return {name for entry in entries if entry for name in (entry if isinstance(entry, tuple) else (entry,))}
 
 
 def _shardings(

@@ -146,7 +146,7 @@ def on_host(x: Tensor) -> np.ndarray:
     x = x.detach()
     if x.is_complex() or x.is_floating_point():
         x = x.to("cpu", torch.complex128 if x.is_complex() else torch.float64)
-    return x.cpu().resolve_conj().numpy()
+    return x.cpu().resolve_conj().resolve_neg().numpy()
 
 
 @dataclass

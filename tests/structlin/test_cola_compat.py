@@ -289,6 +289,7 @@ def rows():
         (Permutation(perm, np.float64), np.eye(3)[perm]),
         (2.0 * C, 2 * c),
         (C @ Identity((3, 3), np.float64), c),
+        (cola.ops.Tridiagonal(a[0, :2], c[0], a[1, :2]), np.diag(a[0, :2], -1) + np.diag(c[0]) + np.diag(a[1, :2], 1)),
     ]:
         matrix = on_host(op.to_dense()) if want is None else want
         got = draw(7, op.shape[0]) @ op

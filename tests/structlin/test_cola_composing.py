@@ -1,6 +1,7 @@
 """Expressions of our operators and CoLA's, against the same expressions of matrices, also on stacks of vectors."""
 
 import re
+import tracemalloc
 
 import cola
 import cola.ops as co
@@ -100,6 +101,23 @@ def test_blocks_products_slices_and_identities(backend):
     check(A - make(d), a - d, backend)
     check(sum([A, C, D]), a + c + d, backend)
     check(Diagonal(make(s[0].copy())) @ A, np.diag(s[0]) @ a, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+def test_bands_and_reflections_from_the_left(backend, dtype):
+    make = MAKE[backend]
+    below, main, above, v = (draw(n, seed=n + i, dtype=dtype) for i, n in enumerate((4, 5, 4, 5)))
+    bands = cola.ops.Tridiagonal(*map(make, (below, main, above)))
+    matrix = np.diag(below, -1) + np.diag(main) + np.diag(above, 1)
+    reflection = cola.ops.Householder(make(v[:, None] / np.linalg.norm(v)))
+    mirror = np.eye(5) - 2 * np.outer(v, v.conj()) / np.linalg.norm(v) ** 2
+    for op, want in ((bands, matrix), (reflection, mirror), (bands + reflection, matrix + mirror)):
+        check(op, want, backend)
+        same(make(draw(5)) @ op, draw(5) @ want)
+        same(sl.spectral_norm(op), np.linalg.norm(want, 2))
+        got = sl.linalg.lsmr(op, make(draw(5, dtype=dtype)), tolerance=1e-14)
+        np.testing.assert_allclose(on_host(got), np.linalg.solve(want, draw(5, dtype=dtype)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -213,6 +231,51 @@ def test_bad_indices_are_refused():
         with pytest.raises(ValueError, match=r"at least 1 row or 1 column, got shape \(0, 0\)"):
             A[rows, columns]
     assert isinstance(A @ A.T, Product)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_entries(backend, monkeypatch):
+    make, v = MAKE[backend], draw(6)
+    A, D = (operators(backend)[name] for name in "AD")
+    ours = sl.Dense(make(D[1]))
+    pairs = [A, D, (ours, D[1]), (ours.T, D[1].T), (ours[:4].T, D[1][:4].T), (A[0] + D[0], A[1] + D[1])]
+    pairs += [(cls(make(v)), np.diag(v)) for cls in (Diagonal, sl.Diagonal)]
+    infinite = sl.Diagonal(make(np.array([np.inf, np.nan])))
+    np.testing.assert_array_equal(on_host(infinite[[0, 1, 0], [1, 0, 0]]), [0, 0, np.inf])
+    for numbers in (1, 25, 10**6):  # one column at a time, two, all
+        monkeypatch.setattr(sl._cola_compat._slicing, "_NUMBERS", numbers)
+        for op, want in pairs:
+            i, j = [3, 0, 2, 3, -1, 1], [5, 0, 2, 5, 1, -2]
+            i, j = [k % op.shape[0] for k in i], [k % op.shape[1] for k in j]
+            same(op[i, j], want[i, j])
+            assert op[[], []].shape == (0,)
+
+
+def test_entries_take_the_memory_of_some_columns():
+    n = 30_000
+    v, products = np.arange(1.0, n + 1), []
+    i = np.arange(0, n, 60)
+    A = cola.ops.LinearOperator(np.float64, (n, n), matmat=lambda X: products.append(X.shape[1]) or v[:, None] * X)
+    for op in (sl.Diagonal(v), Diagonal(v), A):
+        tracemalloc.start()
+        np.testing.assert_array_equal(op[np.tile(i, 3), np.tile(i, 3)], np.tile(v[i], 3))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < (1.5e8 if op is A else 1e6)
+    assert sum(products) == len(i)
+
+
+def test_entries_have_derivatives():
+    i, j = [0, 2, 1, 2], [0, 2, 2, 2]
+    for make in (sl.Diagonal, Diagonal, lambda v: sl.Diagonal(v) + sl.Diagonal(0 * v)):
+        v = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+        make(v)[i, j].sum().backward()
+        same(v.grad, [1.0, 0, 2])
+        same(jax.grad(lambda v, make=make: make(v)[i, j].sum())(jnp.ones(3)), [1.0, 0, 2])
+        same(
+            torch.vmap(lambda v, make=make: make(v)[i, j])(torch.arange(6.0).reshape(2, 3)),
+            [[0, 2, 0, 2], [3, 5, 0, 5]],
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

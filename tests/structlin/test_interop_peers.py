@@ -84,6 +84,32 @@ def test_linear_operators_products_diagonal_transpose_and_gradients():
         to_linear_operator(sl.Dense(np.eye(2)))
 
 
+def test_linear_operators_entries_and_pivoted_cholesky():
+    a, b = positive(3, 0), positive(4, 1)
+    K = sl.Kronecker(*(torch.tensor(x, requires_grad=True) for x in (a, b)))
+    L, dense = to_linear_operator(cola.PSD(K)), np.kron(a, b)
+    i, j = torch.tensor([0, 3, 11, 3]), torch.tensor([1, 5, 2, 5])
+    for index in ((i, j), (i[:1], j), (i, j[:1]), (i[:, None], j[None, :2]), (i[:, None, None], j[:, None]), (2, j)):
+        torch.testing.assert_close(L[index].detach(), torch.tensor(dense)[index])
+    L[i, j].sum().backward()
+    c = K.factors[0].detach().clone().requires_grad_()
+    torch.kron(c, torch.tensor(b))[i, j].sum().backward()
+    torch.testing.assert_close(K.factors[0].grad, c.grad)
+    root, wanted = L.detach().pivoted_cholesky(5), linear_operator.to_linear_operator(torch.tensor(dense))
+    torch.testing.assert_close(root, wanted.pivoted_cholesky(5))
+    flat = to_linear_operator(sl.LowRank.random((3, 7), rank=2, seed=0, backend="torch", dtype="float64"))
+    index = torch.tensor([[1], [2]]), torch.arange(7)
+    torch.testing.assert_close(flat[index], flat.to_dense()[index])
+
+
+def test_linear_operators_batches_are_refused():
+    L = to_linear_operator(sl.Dense(torch.eye(4)))
+    for add in (lambda: L.unsqueeze(0), lambda: L.repeat(2, 1, 1), lambda: L.expand(2, 4, 4)):
+        with pytest.raises(ValueError, match=r"here \(4, 4\), has no batch axes"):
+            add()
+    assert L.expand(4, 4).shape == L.repeat(1, 1).shape == (4, 4)
+
+
 # -- GPyTorch ------------------------------------------------------------------------------------------------------
 
 

@@ -175,6 +175,34 @@ def test_dtypes_are_promoted_as_colas_operators_do(backend):
     close(operator(structure, backend) @ make(np.arange(7)), dense(structure) @ np.arange(7))
 
 
+TRANSFORMS = (structlin.Cosine, structlin.Hadamard, structlin.Fourier)
+
+
+@each_backend
+def test_integers_are_converted_to_the_dtype_of_the_operator(backend):
+    made = [cls(8, backend=backend, dtype="float64") for cls in TRANSFORMS]
+    for name in set(structlin.structure_names()) - {"permutation"}:  # which keeps values and dtype
+        cls = structlin.structure_class(name)
+        shape, options = cls.examples[0]
+        made.append(cls.random(shape, seed=1, backend=backend, dtype="float64", **options))
+    for A in made:
+        dtype = str(A.dtype).removeprefix("torch.")
+        M = on_host(A.to_dense())
+        for kind in ("int64", "int8", "bool"):
+            X = np.arange(M.shape[1] * 6).reshape(2, M.shape[1], 3).astype(kind)
+            for got, want in ((A @ MAKE[backend](X[0, :, 0]), M @ X[0, :, 0]), (A @ MAKE[backend](X), M @ X)):
+                close(got, want, dtype, backend)
+            Y = np.arange(3 * M.shape[0]).reshape(3, -1).astype(kind)
+            for got in (MAKE[backend](Y) @ A, (A.T @ MAKE[backend](Y.T.copy())).T):
+                close(got, Y @ M, dtype, backend)
+    x = MAKE[backend](np.arange(8))
+    for cls in TRANSFORMS:  # a structure has no dtype, but does not truncate
+        A = cls(8, backend=backend)
+        np.testing.assert_allclose(
+            on_host(A.structure.apply(A.factors, x)), on_host(A.to_dense()) @ np.arange(8), atol=1e-5
+        )
+
+
 def test_operators_and_numpy_arrays():
     structure = CHAINS["low_rank"]
     A = operator(structure, "numpy")

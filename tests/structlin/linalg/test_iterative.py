@@ -34,6 +34,23 @@ def test_a_real_operator_with_a_complex_right_side(name, backend):
         assert answer.error < 1e-7
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["cg", "minres", "lsmr"])
+def test_right_sides_of_other_dtypes_are_promoted(name, backend):
+    a = np.random.default_rng(0).standard_normal((6, 6))
+    a = (a @ a.T + np.eye(6)).astype("float32")
+    for own, dtypes in (("float64", ("int64", "bool", "float32")), ("float32", ("int32", "float64"))):
+        A = sl.Dense(to_backend(a.astype(own), backend))
+        for dtype in dtypes:
+            b = to_backend((np.arange(12).reshape(6, 2) % 5).astype(dtype), backend)
+            common = str(A.xnp.promote_types(A.dtype, b.dtype))
+            tolerance = 1e-12 if "64" in common else 1e-6
+            answer = getattr(linalg, name)(A, b, tolerance=tolerance, full_output=True)
+            assert str(answer.value.dtype) == common
+            wanted = np.linalg.solve(a.astype("float64"), to_numpy(b).astype("float64"))
+            np.testing.assert_allclose(to_numpy(answer.value), wanted, atol=100 * tolerance)
+
+
 def general(n):
     """The parts of a Toeplitz matrix plus a diagonal that is not symmetric, and its dense matrix."""
     rng = np.random.default_rng(0)

@@ -13,7 +13,7 @@ from helpers.arrays import MAKE, TYPES, gaussian, on_host
 import structlin
 from structlin import AbstractStructure, Factor, NamedOperator, Structure, design, register, unregister
 from structlin.conversion import exact_rank
-from structlin.projection import Problem, Projection, project, solve
+from structlin.projection import Problem, Projection, estimated_error, project, solve, spectrum
 
 CASES = {
     "low_rank": {"rank": 2}, "kronecker": {}, "block_tensor_train": {"cores": 3}, "monarch": {"blocks": 3},
@@ -249,6 +249,26 @@ def test_neither_huge_nor_tiny_matrices_lose_their_error(name, options, scale):
     np.testing.assert_allclose(scaled.operator.to_dense() / scale, plain.operator.to_dense(), rtol=loose, atol=loose)
 
 
+@pytest.mark.parametrize("scale", [1e160, 1e-200, 1e300])
+@pytest.mark.parametrize("name", ["low_rank", "block_tensor_train", "tensor_train"])
+def test_the_spectrum_and_the_rank_of_huge_and_tiny_matrices(name, scale, covariance):
+    target, C = gaussian((24, 36), seed=5), covariance(36)[0]
+    shape = design(name, (24, 36), rank=1)
+    for weights in ((), (C,)):
+        options = {"input_covariance": C} if weights else {}
+        plain, scaled = (project(s * target, name, target_error=0.5, **options) for s in (1.0, scale))
+        assert scaled.operator.structure == plain.operator.structure
+        assert scaled.relative_error == pytest.approx(plain.relative_error, rel=1e-3)
+        plain, scaled = (spectrum(shape, Problem(s * target, *weights)) for s in (1.0, scale))
+        assert plain is not None or weights
+        if plain is not None:
+            np.testing.assert_allclose(scaled / scale, plain, rtol=1e-9, atol=1e-12)
+    plain, scaled = (estimated_error(shape, Problem(s * target, C), 30) for s in (1.0, scale))
+    assert scaled / scale == pytest.approx(plain, rel=1e-3)
+    single = spectrum(shape, Problem((1e30 * target).astype(np.float32)))
+    np.testing.assert_allclose(single / 1e30, spectrum(shape, Problem(target)), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("scale", [1e160, 1e-200])
 def test_a_scaled_covariance_changes_nothing(scale, covariance):
     target, C = gaussian((6, 8), seed=4), covariance(8)[0]
@@ -264,6 +284,19 @@ def test_the_error_of_a_permutation_far_from_all_of_them():
     assert found.relative_error == pytest.approx(1.0)
     np.testing.assert_array_equal(found.operator.factors[0], [2, 0, 3, 1])
     assert project(1e-200 * np.eye(4), "permutation").relative_error == pytest.approx(1e200)
+
+
+def test_lazy_views_of_torch():
+    W = torch.tensor(gaussian((6, 5)) + 1j * gaussian((6, 5), seed=1))
+    for view in (W.conj().imag, W.conj(), W.mH):
+        assert view.is_neg() or view.is_conj()
+        found, plain = (project(x, "low_rank", rank=2) for x in (view, view.resolve_conj().resolve_neg()))
+        assert found.relative_error == plain.relative_error
+        torch.testing.assert_close(found.operator.to_dense(), plain.operator.to_dense())
+    view = W.conj().imag[0]
+    np.testing.assert_array_equal(structlin.interop.to_numpy(structlin.Diagonal(view)).diagonal(), -W[0].imag.numpy())
+    found = structlin.linalg.lsmr(structlin.Diagonal(1 + 0 * view), view, tolerance=1e-14)
+    torch.testing.assert_close(found, -W[0].imag)
 
 
 def test_closed_forms_keep_the_dtype_and_iterations_are_in_double():

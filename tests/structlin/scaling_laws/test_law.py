@@ -97,6 +97,14 @@ def test_law() -> None:
         PowerLaw(0.0, -0.1).compute(0.5)
 
 
+def test_booleans_of_numpy_fit_or_omit_the_floor() -> None:
+    error = 2 + 3 * COMPUTE**-0.4
+    for floor in (True, False):
+        plain, given = (fit_power_law(COMPUTE, error, floor=kind(floor)) for kind in (bool, np.bool_))
+        assert given.law == plain.law
+        assert given.floor is plain.floor
+
+
 def test_rising_errors_have_a_negative_exponent() -> None:
     assert fit_power_law(COMPUTE, COMPUTE**0.2).law.exponent == pytest.approx(-0.2)
 

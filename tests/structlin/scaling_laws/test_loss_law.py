@@ -75,6 +75,14 @@ def test_gradient() -> None:
     assert fit.problem.gradient(p[None], data, ones)[0] == pytest.approx(numeric, rel=1e-4, abs=1e-9)
 
 
+def test_a_law_of_integers() -> None:
+    law = LossLaw(2, 400, 1, 410, 1)
+    assert law(10, 20) == 2 + 40 + 20.5
+    np.testing.assert_allclose(law(np.array([10, 20]), [20, 41]), [62.5, 32])
+    best = law.optimum(6 * 400 * 410)
+    assert (best.params, best.tokens) == pytest.approx((400, 410))
+
+
 def test_outliers_are_held_down() -> None:
     n, d = grid(6, 6)
     y = noisy(LAW, n, d, 0)

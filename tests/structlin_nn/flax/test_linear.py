@@ -1,5 +1,6 @@
 """StructuredLinear of flax.nnx: against a float64 oracle, against torch, and everything that nnx does to a module."""
 
+import functools
 import math
 import textwrap
 
@@ -289,16 +290,34 @@ def run_with_two_devices(code: str) -> None:
     output("-c", textwrap.dedent(code), XLA_FLAGS="--xla_force_host_platform_device_count=2", JAX_ENABLE_X64="1")
 
 
+@pytest.mark.parametrize("axis", "pafre")
+def test_partitions_under_an_explicit_mesh(axis: str) -> None:
+    """They change neither values nor gradients; the product has the sharding of x and of the axes that stay."""
+    mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    make = functools.partial(StructuredLinear, 16, 24, structure="monarch", blocks=4, param_dtype=jnp.float64)
+    whole, x = make(rngs=nnx.Rngs(0)), jnp.asarray(np.random.default_rng(0).standard_normal((2, 6, 16)))
+    run = nnx.value_and_grad(lambda layer, x: jnp.sin(layer(x)).sum(), argnums=(0, 1))
+    with jax.set_mesh(mesh):
+        split = make(partition={axis: "model"}, rngs=nnx.Rngs(0))
+        for spec in (("data",), (("data", "model"),)):
+            placed = jax.device_put(x, jax.NamedSharding(mesh, jax.P(*spec)))
+            features = "model" if axis == "f" and spec == ("data",) else None
+            assert jax.typeof(split(placed)).sharding.spec == jax.P(*spec, None, features)
+            for a, b in zip(jax.tree.leaves(run(split, placed)), jax.tree.leaves(run(whole, x)), strict=True):
+                np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.slow
 def test_partitions_over_two_devices() -> None:
     run_with_two_devices(
         """
+        import itertools
         import jax, jax.numpy as jnp, numpy as np
         from flax import nnx
         from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
         from structlin_nn.flax import StructuredLinear
 
-        mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
+        meshes = [jax.make_mesh((2,), ("model",), axis_types=(kind,)) for kind in (AxisType.Auto, AxisType.Explicit)]
         cases = [
             ("block_tensor_train", {"rank": 2}, {"c": "model"}),
             ("monarch", {"blocks": 4}, {"p": "model"}),
@@ -310,7 +329,7 @@ def test_partitions_over_two_devices() -> None:
         def loss(layer, x):
             return jnp.sin(layer(x)).sum()
 
-        for name, options, partition in cases:
+        for mesh, (name, options, partition) in itertools.product(meshes, cases):
             common = {"structure": name, "param_dtype": jnp.float64, **options}
             whole = StructuredLinear(16, 24, rngs=nnx.Rngs(0), **common)
             letters = dict(whole.structure.sizes)
