@@ -51,14 +51,13 @@ def test_reported_errors_of_outputs(weights, data):
     assert 0.5 < expected < 1
 
 
+@pytest.mark.parametrize("structure", ["low_rank", "monarch"])
 @pytest.mark.parametrize("choice", [{"mac_fraction": 0.9}, {"target_error": 0.6}])
 @pytest.mark.parametrize(("weights", "data"), SCALES)
-def test_choices_do_not_depend_on_the_scale(choice, weights, data):
-    """Of forms without a closed form of their errors."""
-
+def test_choices_do_not_depend_on_the_scale(structure, choice, weights, data):
     def chosen(weights: float, data: float) -> list:
         given = {"calibration": [inputs() * data], "layers": "0"} if calibrated else {"layers": "all"}
-        report = project_linear(model(weights), "monarch", **choice, **given)
+        report = project_linear(model(weights), structure, **choice, **given)
         return [(line.options, round(line.weight_error, 6)) for line in report.layers]
 
     calibrated = data != 1
