@@ -63,7 +63,7 @@ _WIDEST = 0.5  # largest total rank relative to n; above it the dense matrix cos
 _THREE = "i,ri->r; r,sr->s; s,os->o"
 SLACK = 100  # times machine epsilon: the largest backward error of a solution
 _REFINEMENTS = 3
-_ROWS = 1024  # of a block: OpenBLAS multiplies thin matrices of more rows at half the rate, and it stays in a cache
+_ROWS = 512  # of a block: OpenBLAS multiplies thin matrices of more rows at half the rate, and it stays in a cache
 
 
 def split(A: Sum) -> tuple[StructuredOperator | Array, Array, Array] | None:
