@@ -221,3 +221,140 @@ def test_structures_without_a_name_differentiate_too():
     b = torch.ones(structure.d_in, dtype=torch.float64)
     assert torch.autograd.gradcheck(solved(make, b), arrays, atol=1e-6)
     assert torch.autograd.gradcheck(determinant(make), arrays, atol=1e-6)
+
+
+def symmetric(n, seed, complex_=False):
+    X = np.random.default_rng([seed, n]).standard_normal((2, n, n))
+    X = X[0] + 1j * X[1] if complex_ else X[0]
+    return (X + X.conj().T) / 2
+
+
+def of_eigenvalues(f, A):
+    values, vectors = np.linalg.eigh(A)
+    return (vectors * f(values)) @ vectors.conj().T
+
+
+SLOPE = 1e-5  # step of finite differences
+
+
+@pytest.mark.parametrize("kind", ["Monarch", "Toeplitz", "sum"])
+def test_second_derivatives_of_iterated_norms_are_refused(kind):
+    def norm(x):
+        made = {
+            "Monarch": lambda: structlin.Monarch._build(
+                structlin.design("monarch", (6, 6), blocks=2), (x.reshape((2, 3, 3)), x.reshape((2, 3, 3)) + 1)
+            ),
+            "Toeplitz": lambda: structlin.Toeplitz(x[:9], x[9:]),
+            "sum": lambda: (
+                structlin.Kronecker(x[:9].reshape((3, 3)), x[9:13].reshape((2, 2)))
+                + structlin.LowRank(x[None, :6], x[6:12, None])
+            ),
+        }[kind]()
+        return structlin.spectral_norm(made, tolerance=1e-12)
+
+    x = np.random.default_rng(0).standard_normal(18)
+    v = np.random.default_rng(1).standard_normal(18)
+    t = torch.tensor(x, requires_grad=True)
+    (first,) = torch.autograd.grad(norm(t) + (t**2).sum(), t)
+    slope = (norm(x + SLOPE * v) - norm(x - SLOPE * v)) / (2 * SLOPE)
+    np.testing.assert_allclose(v @ first.numpy(), slope + 2 * v @ x, rtol=1e-6)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(norm(t) + (t**2).sum(), t, create_graph=True)
+    for of, grad, jvp in ((torch.tensor, torch.func.grad, torch.func.jvp), (jnp.asarray, jax.grad, jax.jvp)):
+        np.testing.assert_allclose(grad(norm)(of(x)), first.numpy() - 2 * x, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(jvp(norm, (of(x),), (of(v),))[1], slope, rtol=1e-6)
+        assert np.isnan(jvp(grad(norm), (of(x),), (of(v),))[1]).any()
+        assert np.isnan(grad(lambda x: (grad(norm)(x) * of(v)).sum())(of(x))).any()  # noqa: B023
+
+
+def test_second_derivatives_of_estimated_determinants_are_refused():
+    a = torch.linspace(1, 2, 12, dtype=torch.float64, requires_grad=True)
+    value = linalg.logdet(cola.PSD(structlin.Diagonal(a)), estimate=True)
+    torch.testing.assert_close(torch.autograd.grad(value, a, retain_graph=True)[0], 1 / a.detach(), rtol=1e-5, atol=0)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(value + (a**2).sum(), a, create_graph=True)
+
+
+NUMBERS = {"inverse": lambda x: 1 / x, "exponential": np.exp, "root": np.sqrt}
+OPERATIONS = {"inverse": linalg.inverse, "exponential": linalg.expm, "root": linalg.sqrtm}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("add", [False, True])
+def test_the_gradient_with_respect_to_a_shift_has_a_derivative(name, add):
+    """Forward over reverse, the row of c is right; that of the members is NaN."""
+    A, B, b = np.eye(3) + symmetric(3, 0) / 9, np.eye(2) + symmetric(2, 1) / 9, np.arange(1.0, 7)
+
+    def value(t):
+        like = torch.asarray if isinstance(t, torch.Tensor) else jnp.asarray
+        first, second = like(A) * t[0], like(B)
+        K = cola.kronsum(*map(structlin.Dense, (first, second))) if add else structlin.Kronecker(first, second)
+        made = OPERATIONS[name](cola.PSD(K + t[1] * cola.ops.I_like(K)))
+        return like(b) @ (made @ like(b))
+
+    def wanted(t):
+        K = np.kron(t[0] * A, np.eye(2)) + np.kron(np.eye(3), B) if add else np.kron(t[0] * A, B)
+        return b @ of_eigenvalues(NUMBERS[name], K + t[1] * np.eye(6)) @ b
+
+    t, h = np.array([1.3, 0.7]), 1e-4
+    e, c = np.array([h, 0]), np.array([0, h])
+    mixed = (wanted(t + e + c) - wanted(t + e - c) - wanted(t - e + c) + wanted(t - e - c)) / (4 * h * h)
+    twice = (wanted(t + c) - 2 * wanted(t) + wanted(t - c)) / (h * h)
+    for of, hessian in ((torch.tensor, torch.func.hessian), (jnp.asarray, jax.hessian)):
+        found = np.asarray(hessian(value)(of(t)))
+        assert np.isnan(found[0]).all()
+        np.testing.assert_allclose(found[1], [mixed, twice], rtol=1e-5)
+        np.testing.assert_allclose(jax.jit(jax.hessian(value))(t)[1], [mixed, twice], rtol=1e-5)
+    s = torch.tensor(t, requires_grad=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(value(s), s, create_graph=True)
+
+
+def test_the_gradient_with_respect_to_a_shift_is_finite_between_opposite_eigenvalues():
+    """The derivative of 1 / x is not finite at the mean of -1 and 1, which no eigenvalue is close to."""
+    K, b = np.kron([[0.0, 1], [1, 0]], np.diag([1.0, 2, 3])), np.arange(1.0, 7)
+
+    def value(c):
+        like = torch.asarray if isinstance(c, torch.Tensor) else jnp.asarray
+        A = structlin.Kronecker(like(np.array([[0.0, 1], [1, 0]])), like(np.diag([1.0, 2, 3])))
+        made = cola.linalg.apply_unary(lambda x: 1 / x, cola.SelfAdjoint(A + c * cola.ops.I_like(A)))
+        return like(b) @ (made @ like(b)).real
+
+    wanted = -b @ np.linalg.matrix_power(np.linalg.inv(K), 2) @ b
+    np.testing.assert_allclose(jax.grad(value)(jnp.zeros(())), wanted)
+    np.testing.assert_allclose(torch.func.grad(value)(torch.zeros((), dtype=torch.float64)), wanted)
+
+
+@pytest.mark.parametrize("kind", ["dense", "Kronecker", "block diagonal"])
+def test_functions_of_complex_hermitian_matrices_have_derivatives(kind):
+    A, E, B = np.eye(3) + symmetric(3, 0, True) / 9, symmetric(3, 1, True), np.eye(2) + symmetric(2, 2, True) / 9
+    n = 6 if kind == "Kronecker" else 3
+    b = np.random.default_rng(3).standard_normal((n, 2)) @ [1, 1j]
+
+    def operator(matrix, like):
+        made = {
+            "dense": lambda: structlin.Dense(matrix),
+            "Kronecker": lambda: structlin.Kronecker(matrix, like(B)),
+            "block diagonal": lambda: structlin.BlockDiagonal(matrix[None]),
+        }[kind]()
+        return cola.PSD(made)
+
+    def value(t):
+        like = torch.asarray if isinstance(t, torch.Tensor) else jnp.asarray
+        y = linalg.sqrtm(operator(like(A) + t * like(E), like)) @ like(b)
+        return abs(y[0]) ** 2 + y[1].imag
+
+    def wanted(t):
+        y = of_eigenvalues(np.sqrt, np.kron(A + t * E, B) if kind == "Kronecker" else A + t * E) @ b
+        return abs(y[0]) ** 2 + y[1].imag
+
+    slope = (wanted(SLOPE) - wanted(-SLOPE)) / (2 * SLOPE)
+    t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    one = torch.ones((), dtype=torch.float64)
+    found = [
+        torch.autograd.grad(value(t), t)[0],
+        torch.func.jvp(value, (t.detach(),), (one,))[1],
+        jax.jit(jax.grad(value))(0.0),
+        jax.jvp(value, (0.0,), (1.0,))[1],
+    ]
+    np.testing.assert_allclose([float(x) for x in found], slope, rtol=1e-7)
