@@ -251,7 +251,7 @@ def _iterated(A: LinearOperator, tolerance: float, limit: int, seed: int) -> Arr
         v = _lanczos(fixed, square, v, tolerance, limit)
         residual = step((v,))[1]
     else:
-        worst = xp.norm(v) * 0 + math.inf
+        worst = scale * 0 + math.inf
         v, residual, _ = iterate(
             step, lambda state: ~(state[1] <= tolerance), (v, worst), limit, backend_of(v) == "jax"
         )

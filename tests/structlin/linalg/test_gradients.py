@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 import structlin
@@ -358,3 +359,45 @@ def test_functions_of_complex_hermitian_matrices_have_derivatives(kind):
         jax.jvp(value, (0.0,), (1.0,))[1],
     ]
     np.testing.assert_allclose([float(x) for x in found], slope, rtol=1e-7)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["A replicated", "A sharded"])
+@pytest.mark.parametrize("name", ["K + cI", "low rank + diagonal", "Toeplitz", "cg", "GMRES"])
+def test_solutions_and_gradients_inside_shard_map(name, shared):
+    """There jax distinguishes replicated and sharded values, also on one device."""
+    n = 300 if name == "Toeplitz" else 6
+    a, X = 1 + np.random.default_rng(0).random((1, n)), np.random.default_rng(1).standard_normal((n, 4))
+    B = np.eye(2) + symmetric(2, 1) / 9
+
+    def make(a):
+        K = structlin.Kronecker(jnp.diag(a[:3]), jnp.asarray(B))
+        if name == "low rank + diagonal":
+            return structlin.LowRank(a[None], a[:, None] / 9) + structlin.Diagonal(a)
+        if name == "Toeplitz":
+            return structlin.Toeplitz(a.at[0].add(n))
+        if name == "GMRES":
+            return structlin.Diagonal(a) @ K + K
+        return cola.PSD(K + a[-1] * cola.ops.I_like(K))
+
+    def solved(a, X):
+        A = make(a[0])
+        if name == "cg":
+            return linalg.cg(A, X, preconditioner=structlin.Diagonal(1 / jnp.arange(1.0, 7)), tolerance=1e-12)
+        if name == "GMRES":
+            with linalg.dense_limit(2):
+                return cola.inv(A, cola.linalg.Auto(tol=1e-12)) @ X
+        return linalg.solve(A, X)
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:1]), ("d",))
+    first, second = (P(), P(None, "d")) if shared else (P("d"), P())
+    mapped = jax.jit(jax.shard_map(solved, mesh=mesh, in_specs=(first, second), out_specs=P(None, "d")))
+
+    def wanted(a):
+        return np.linalg.solve(np.asarray(make(jnp.asarray(a[0])).to_dense()), X)
+
+    V = np.random.default_rng(2).standard_normal((n, 4))
+    step = SLOPE * np.random.default_rng(3).standard_normal((1, n))
+    np.testing.assert_allclose(mapped(a, X), wanted(a), rtol=1e-9, atol=1e-9)
+    gradient = jax.grad(lambda a: (mapped(a, X) * V).sum())(a)
+    slope = ((wanted(a + step) - wanted(a - step)) * V).sum() / 2
+    np.testing.assert_allclose((gradient * step).sum(), slope, rtol=1e-5)
