@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from structlin._arrays import Array, backend_of
+from structlin._arrays import Array, backend_of, over_same_axes
 from structlin._lapack import eps, follows, is_known, known, lapack, nan_unless, not_positive, promoted, seen
 
 Numbers = Callable[[Array], Array]
@@ -297,12 +297,12 @@ def _jax_one() -> Any:
     @jax.custom_jvp
     def one(x: Array) -> Array:
         """1; its derivative is NaN."""
-        return jnp.ones((), x.dtype)
+        return over_same_axes(jnp.ones((), x.dtype), x)[0]
 
     @one.defjvp
     def one_jvp(primals: Any, tangents: Any) -> Any:
         (x,), (t,) = primals, tangents
-        return jnp.ones((), x.dtype), jnp.nan * t.sum()
+        return one(x), jnp.nan * t.sum()
 
     return one
 
@@ -318,7 +318,7 @@ def _jax_once() -> Any:
     @once.defjvp
     def once_jvp(primals: Any, tangents: Any) -> Any:
         (x,), (t,) = primals, tangents
-        return x, t * _jax_one()(x)
+        return once(x), t * _jax_one()(x)
 
     return once
 
@@ -330,14 +330,14 @@ def _jax_first_order() -> Any:
 
     @jax.custom_jvp
     def first(matrices: Array, vectors: Array, inverse: Array, weights: Array) -> Array:
-        return jnp.zeros(weights.shape, weights.dtype)
+        return over_same_axes(jnp.zeros(weights.shape, weights.dtype), matrices, weights)[0]
 
     @first.defjvp
     def first_jvp(primals: Any, tangents: Any) -> Any:
         matrices, vectors, inverse, weights = primals
         tangent = inverse @ tangents[0] @ vectors * _jax_one()(matrices)
         mixed = tangents[3] * first(matrices, vectors, inverse, jnp.ones_like(weights))
-        return jnp.zeros(weights.shape, weights.dtype), _weighted(weights, tangent) + mixed
+        return first(*primals), _weighted(weights, tangent) + mixed
 
     return first
 

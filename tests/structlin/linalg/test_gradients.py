@@ -361,8 +361,29 @@ def test_functions_of_complex_hermitian_matrices_have_derivatives(kind):
     np.testing.assert_allclose([float(x) for x in found], slope, rtol=1e-7)
 
 
+def test_values_beside_derivatives_have_derivatives():
+    """The value that ``jax.value_and_grad`` returns can be differentiated."""
+    b = np.arange(1.0, 4)
+
+    def root(x):
+        like = torch.asarray if isinstance(x, torch.Tensor) else jnp.asarray
+        return (linalg.sqrtm(cola.PSD(structlin.Dense((x + x.T) / 2))) @ like(b))[0]
+
+    def norm(x):
+        return structlin.spectral_norm(structlin.Toeplitz(x[0], x[:, 0]), tolerance=1e-12)
+
+    x = np.eye(3) + symmetric(3, 0) / 9
+    for f in (root, norm):
+        wanted = jax.grad(f)(jnp.asarray(x))
+        assert np.abs(wanted).max() > 0.1
+        for value in (lambda x: jax.value_and_grad(f)(x)[0], lambda x: jax.jvp(f, (x,), (x,))[0]):  # noqa: B023
+            np.testing.assert_allclose(jax.grad(value)(jnp.asarray(x)), wanted, rtol=1e-9, atol=1e-12)
+        for value in (lambda x: torch.func.grad_and_value(f)(x)[1], lambda x: torch.func.jvp(f, (x,), (x,))[0]):  # noqa: B023
+            np.testing.assert_allclose(torch.func.grad(value)(torch.tensor(x)), wanted, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("shared", [True, False], ids=["A replicated", "A sharded"])
-@pytest.mark.parametrize("name", ["K + cI", "low rank + diagonal", "Toeplitz", "cg", "GMRES"])
+@pytest.mark.parametrize("name", ["K + cI", "low rank + diagonal", "Toeplitz", "cg", "GMRES", "inverse", "norm"])
 def test_solutions_and_gradients_inside_shard_map(name, shared):
     """There jax distinguishes replicated and sharded values, also on one device."""
     n = 300 if name == "Toeplitz" else 6
@@ -386,6 +407,10 @@ def test_solutions_and_gradients_inside_shard_map(name, shared):
         if name == "GMRES":
             with linalg.dense_limit(2):
                 return cola.inv(A, cola.linalg.Auto(tol=1e-12)) @ X
+        if name == "inverse":
+            return cola.inv(A) @ X
+        if name == "norm":
+            return structlin.spectral_norm(A, tolerance=1e-12) * X
         return linalg.solve(A, X)
 
     mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:1]), ("d",))
@@ -393,7 +418,8 @@ def test_solutions_and_gradients_inside_shard_map(name, shared):
     mapped = jax.jit(jax.shard_map(solved, mesh=mesh, in_specs=(first, second), out_specs=P(None, "d")))
 
     def wanted(a):
-        return np.linalg.solve(np.asarray(make(jnp.asarray(a[0])).to_dense()), X)
+        dense = np.asarray(make(jnp.asarray(a[0])).to_dense())
+        return np.linalg.norm(dense, 2) * X if name == "norm" else np.linalg.solve(dense, X)
 
     V = np.random.default_rng(2).standard_normal((n, 4))
     step = SLOPE * np.random.default_rng(3).standard_normal((1, n))
