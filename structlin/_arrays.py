@@ -6,6 +6,7 @@ only if a caller passes one of their arrays or their name.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -51,6 +52,23 @@ def common_backend(arrays: Sequence[Array]) -> str:
     if len(set(names)) != 1:
         raise TypeError(f"arrays of one library are needed, got {', '.join(names)}")
     return names[0]
+
+
+def over_same_axes(first: Array, *others: Any) -> tuple[Any, ...]:
+    """Return an array and other trees of arrays; inside ``jax.shard_map`` all vary over the same axes of the mesh.
+
+    jax requires this of the state of a loop, and of the right-hand side and the constants of a linear solve.
+    """
+    jax = sys.modules.get("jax")
+    if jax is None or not isinstance(first, jax.Array) or not jax.sharding.get_abstract_mesh().manual_axes:
+        return first, *others
+    leaves, structure = jax.tree.flatten((first, *others))
+    arrays = [x for x in leaves if isinstance(x, jax.Array)]
+    same = math.prod(((x.reshape(-1)[:1] == x.reshape(-1)[:1]).all() for x in arrays), start=True)
+    found: tuple[Any, ...] = structure.unflatten(
+        [jax.numpy.where(same, x, x) if isinstance(x, jax.Array) else x for x in leaves]
+    )
+    return found
 
 
 def _numpy_ops() -> SimpleNamespace:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from structlin._arrays import Array
+from structlin._arrays import Array, over_same_axes
 from structlin._lapack import known
 
 State = tuple[Any, ...]
@@ -77,9 +77,8 @@ def iterate(step: Step, unfinished: Callable[[State], Array], state: State, limi
         def go_on(state: State) -> Any:
             return (state[-1] < limit) & unfinished(state)
 
-        return lax.while_loop(
-            go_on, lambda state: (*step(state[:-1]), state[-1] + 1), (*state, lax.full((), 0, "int32"))
-        )
+        start = over_same_axes(*state, lax.full((), 0, "int32"))
+        return lax.while_loop(go_on, lambda state: (*step(state[:-1]), state[-1] + 1), start)
     count = 0
     while count < limit and known(unfinished(state)) != 0:
         state, count = step(state), count + 1

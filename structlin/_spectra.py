@@ -3,8 +3,8 @@
 For A = V L V^-1 the derivative of f(A) is ``V (D * (V^-1 dA V)) V^-1``, where D holds the divided differences ``(f(l_i)
 - f(l_j)) / (l_i - l_j)``; on the diagonal and for repeated eigenvalues it holds f' (Daleckii and Krein 1965; Higham
 2008, Functions of Matrices, theorem 3.11). Eigenvectors of repeated eigenvalues have no derivative, so values and
-vectors are treated as constants, and :func:`first_order` adds the derivative. Only first derivatives are correct:
-second derivatives are NaN on jax and raise an error on torch.
+vectors are treated as constants, and :func:`first_order` adds the derivative. Only first derivatives with respect to A
+are correct: second derivatives are NaN on jax and raise an error on torch.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from structlin._arrays import Array, backend_of
-from structlin._lapack import eps, follows, is_known, known, lapack, nan_unless, not_positive, seen
+from structlin._arrays import Array, backend_of, over_same_axes
+from structlin._lapack import eps, follows, is_known, known, lapack, nan_unless, not_positive, promoted, seen
 
 Numbers = Callable[[Array], Array]
 ROUNDOFF = 32  # times machine epsilon: the error of an entry that moves an eigenvalue as far as LAPACK may
@@ -264,7 +264,7 @@ def divided_differences(f: Numbers, values: Array, numbers: Array | None = None,
     scale = xp.where(xp.abs(a) > xp.abs(b), xp.abs(a) + 0 * xp.abs(b), 0 * xp.abs(a) + xp.abs(b))
     close = xp.abs(difference) <= eps(values.dtype) ** (1 / 3) * scale
     quotient = (first[..., :, None] - second[..., None, :]) / xp.where(close, difference * 0 + 1, difference)
-    middle = (a + b) / 2
+    middle = xp.where(close, (a + b) / 2, a)  # f' may be infinite between distant values
     return xp.where(close, derivative(f, middle), quotient)
 
 
@@ -301,21 +301,59 @@ def first_order(found: Decomposition, weights: Array) -> Array:
     """Return zeros whose derivative is ``weights * (V^-1 dA V)``.
 
     ``weights`` has the shape (..., m, m) of the matrices. For one member of a Kronecker product it has shape
-    (p, m, m, q), where p and q are the products of the sizes of the members before and after it.
+    (p, m, m, q), where p and q are the products of the sizes of the members before and after it. Weights may depend on
+    other arrays than A, such as c in f(A + c I): mixed second derivatives, of the gradient with respect to them, are
+    correct.
     """
+    weights, _ = promoted(weights, found.vectors)  # real weights of Hermitian matrices, and V^-1 dA V is complex
     if backend_of(weights) == "torch":
         return _torch_first_order().apply(found.matrices, found.vectors, found.inverse, weights)
     return _jax_first_order()(found.matrices, found.vectors, found.inverse, weights)
 
 
 def once_differentiable(x: Array) -> Array:
-    """Return x; if it is a tensor outside of ``torch.func``, its second derivative raises an error."""
-    torch = sys.modules.get("torch")
-    return _torch_once().apply(x) if torch is not None and isinstance(x, torch.Tensor) else x
+    """Return x; its second derivative is NaN on jax and under ``torch.func``, and an error elsewhere on torch."""
+    if isinstance(x, np.ndarray | np.generic):
+        return x
+    return _torch_once().apply(x) if backend_of(x) == "torch" else _jax_once()(x)
 
 
 def _weighted(weights: Array, tangent: Array) -> Array:
     return weights * (tangent[None, :, :, None] if weights.ndim == tangent.ndim + 2 else tangent)
+
+
+@cache
+def _jax_one() -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    @jax.custom_jvp
+    def one(x: Array) -> Array:
+        """1; its derivative is NaN."""
+        return over_same_axes(jnp.ones((), x.dtype), x)[0]
+
+    @one.defjvp
+    def one_jvp(primals: Any, tangents: Any) -> Any:
+        (x,), (t,) = primals, tangents
+        return one(x), jnp.nan * t.sum()
+
+    return one
+
+
+@cache
+def _jax_once() -> Any:
+    import jax
+
+    @jax.custom_jvp
+    def once(x: Array) -> Array:
+        return x
+
+    @once.defjvp
+    def once_jvp(primals: Any, tangents: Any) -> Any:
+        (x,), (t,) = primals, tangents
+        return once(x), t * _jax_one()(x)
+
+    return once
 
 
 @cache
@@ -324,25 +362,15 @@ def _jax_first_order() -> Any:
     import jax.numpy as jnp
 
     @jax.custom_jvp
-    def once(x: Array) -> Array:
-        """1; its derivative is NaN."""
-        return jnp.ones((), x.dtype)
-
-    @once.defjvp
-    def once_jvp(primals: Any, tangents: Any) -> Any:
-        (x,), (t,) = primals, tangents
-        return jnp.ones((), x.dtype), jnp.nan * t.sum()
-
-    @jax.custom_jvp
     def first(matrices: Array, vectors: Array, inverse: Array, weights: Array) -> Array:
-        return jnp.zeros(weights.shape, weights.dtype)
+        return over_same_axes(jnp.zeros(weights.shape, weights.dtype), matrices, weights)[0]
 
     @first.defjvp
     def first_jvp(primals: Any, tangents: Any) -> Any:
         matrices, vectors, inverse, weights = primals
-        tangent = inverse @ tangents[0] @ vectors * once(matrices)
-        made = _weighted(weights, tangent).astype(weights.dtype)
-        return jnp.zeros(weights.shape, weights.dtype), made
+        tangent = inverse @ tangents[0] @ vectors * _jax_one()(matrices)
+        mixed = tangents[3] * first(matrices, vectors, inverse, jnp.ones_like(weights))
+        return first(*primals), _weighted(weights, tangent) + mixed
 
     return first
 
@@ -356,23 +384,6 @@ def refuse_second_derivatives(torch: Any) -> bool:
             "from the dense matrix"
         )
     return transformed
-
-
-@cache
-def _torch_once() -> Any:
-    torch: Any = sys.modules["torch"]
-
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Array) -> Array:
-            return x.view_as(x)
-
-        @staticmethod
-        def backward(ctx: Any, gradient: Array) -> Array:
-            refuse_second_derivatives(torch)
-            return gradient
-
-    return Once
 
 
 @cache
@@ -405,6 +416,34 @@ def _torch_one() -> Any:
 
 
 @cache
+def _torch_once() -> Any:
+    torch: Any = sys.modules["torch"]
+
+    class Once(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x: Array) -> Array:
+            return x.clone()
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.save_for_backward(*inputs)
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Array) -> Array:
+            transformed = refuse_second_derivatives(torch)
+            return gradient * _torch_one().apply(*ctx.saved_tensors) if transformed else gradient
+
+        @staticmethod
+        def jvp(ctx: Any, tangent: Array) -> Array:
+            return tangent * _torch_one().apply(*ctx.saved_tensors)
+
+    return Once
+
+
+@cache
 def _torch_first_order() -> Any:
     torch: Any = sys.modules["torch"]
 
@@ -417,27 +456,29 @@ def _torch_first_order() -> Any:
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            matrices, vectors, inverse, weights = inputs
-            ctx.is_complex = matrices.is_complex()
-            ctx.save_for_backward(matrices, vectors, inverse, weights)
-            ctx.save_for_forward(matrices, vectors, inverse, weights)
+            ctx.is_complex = inputs[0].is_complex()
+            ctx.save_for_backward(*inputs)
+            ctx.save_for_forward(*inputs)
 
         @staticmethod
         def backward(ctx: Any, gradient: Array) -> tuple[Any, ...]:
             matrices, vectors, inverse, weights = ctx.saved_tensors
-            inner = weights.conj() * gradient
+            inner, mixed = weights.conj() * gradient, None
             if refuse_second_derivatives(torch):
                 inner = inner * _torch_one().apply(matrices)
+                if ctx.needs_input_grad[3]:
+                    mixed = FirstOrder.apply(matrices, vectors, inverse, torch.ones_like(weights)).conj() * gradient
             if inner.ndim == vectors.ndim + 2:
                 inner = inner.sum((0, -1))
-            inner = inner.to(torch.promote_types(inner.dtype, vectors.dtype))
             found = inverse.mH.to(inner.dtype) @ inner @ vectors.mH.to(inner.dtype)
-            return (found if ctx.is_complex else found.real if found.is_complex() else found), None, None, None
+            found = found if ctx.is_complex or not found.is_complex() else found.real
+            return found, None, None, mixed
 
         @staticmethod
-        def jvp(ctx: Any, tangent: Array, *others: Any) -> Array:
+        def jvp(ctx: Any, tangent: Array, _: Any, __: Any, change: Array) -> Array:
             matrices, vectors, inverse, weights = ctx.saved_tensors
             inner = inverse @ tangent.to(vectors.dtype) @ vectors * _torch_one().apply(matrices)
-            return _weighted(weights, inner).to(weights.dtype)
+            mixed = change * FirstOrder.apply(matrices, vectors, inverse, torch.ones_like(weights))
+            return _weighted(weights, inner) + mixed
 
     return FirstOrder

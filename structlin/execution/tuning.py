@@ -237,15 +237,19 @@ def problem_of(
     Raises
     ------
     TypeError
-        If the structure is not a chain of einsums.
+        If the structure is not a chain of einsums, or ``tokens`` is not an integer.
     ValueError
-        If ``tokens`` is below 1, or for an unknown library.
+        If ``tokens`` is below 1, or for a library without ways.
     """
     if not isinstance(structure, Structure):
         raise TypeError(f"structure must be a chain of einsums (structlin.Structure), got {type(structure).__name__}")
+    if isinstance(tokens, bool) or not hasattr(tokens, "__index__"):
+        raise TypeError(f"tokens must be an integer, the number of vectors, got {tokens!r}")
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
     ops(library)
+    if library == "numpy":
+        raise ValueError("products of NumPy arrays always run by single steps, without a choice: write torch or jax")
     if library == "jax":
         from structlin.execution.compiled.xla import threads as threads_of_xla
 
@@ -258,10 +262,12 @@ def problem_of(
 
 
 def explain(
-    what: Any, tokens: int, *, dtype: str | None = None, train: bool = True, threads: int | None = None,
-    library: str = "torch", on: str | Device | None = None,
+    what: Any, tokens: int, *, dtype: str | None = None, train: bool | None = None, threads: int | None = None,
+    library: str | None = None, on: str | Device | None = None,
 ) -> str:  # fmt: skip
     """Return which way runs a structure, operator or layer, and why, with estimated and measured times of all ways.
+
+    An operator multiplies columns (``A @ X``), a layer multiplies rows.
 
     Parameters
     ----------
@@ -270,13 +276,14 @@ def explain(
     tokens
         Number of vectors; timings are kept for the next power of two.
     dtype
-        Default: the dtype of the layer's factors, or float32.
+        Default: the dtype of the factors, or float32.
     train
-        Include the backward pass.
+        Include the backward pass. Default: True, but for an operator whether a factor requires a gradient.
     threads
         Default: the number of threads that the library uses.
     library
-        ``torch`` or ``jax``; choices for jax are made for forward passes (``train=False``).
+        ``torch`` or ``jax``; choices for jax are made for forward passes (``train=False``). Default: the library of an
+        operator, or torch. Products of NumPy operators run by single steps, without a choice.
     on
         A GPU, by its name in :data:`structlin.execution.devices.DEVICES` or as
         :class:`structlin.execution.devices.Device`. It need not be present: kernels, bytes and times of torch's ways
@@ -285,7 +292,7 @@ def explain(
     Raises
     ------
     TypeError
-        If ``what`` neither is nor has a chain of einsums.
+        If ``what`` neither is nor has a chain of einsums, or ``tokens`` is not an integer.
     ValueError
         If ``tokens`` is below 1, for an unknown GPU, or for ``on`` with another library than torch.
 
@@ -296,14 +303,23 @@ def explain(
     pa,pqa->pq; gl,log->lo p=4,a=10,q=10,g=10,l=4,o=12 48x40 rows torch cpu float32 tokens=64 threads=1 train
     """
     structure = what if isinstance(what, Structure) else getattr(what, "structure", what)
-    if dtype is None:
-        factors = [f for f in getattr(what, "factors", ()) if hasattr(f, "dtype")]
-        dtype = str(factors[0].dtype).removeprefix("torch.") if factors else "float32"
+    factors = [f for f in getattr(what, "factors", ()) if hasattr(f, "dtype")]
+    backend = getattr(what, "backend", None)  # which operators have
+    rows = backend is None
+    train = rows or any(getattr(f, "requires_grad", False) for f in factors) if train is None else train
+    dtype = dtype or (str(factors[0].dtype).removeprefix("torch.") if factors else "float32")
+    make = partial(problem_of, structure, tokens, dtype=dtype, train=train, rows=rows)
     if on is not None:
-        if library != "torch":
+        if library not in (None, "torch"):
             raise ValueError(f"traffic on a GPU is predicted for torch, got library={library!r}")
         from structlin.execution.traffic import explained
 
-        return explained(problem_of(structure, tokens, dtype=dtype, train=train, threads=1, device="cuda"), on)
-    problem = problem_of(structure, tokens, dtype=dtype, train=train, threads=threads, library=library)
-    return choice.table(problem)
+        return explained(make(threads=1, device="cuda"), on)
+    library = library or backend or "torch"
+    if library == "numpy":
+        make(threads=1)  # checks the arguments
+        return (
+            "NumPy: products run by single steps, one batched product for each step of the chain; no other way exists"
+        )
+    device = getattr(getattr(factors[0], "device", None), "type", "cpu") if factors and library == "torch" else "cpu"
+    return choice.table(make(threads=threads, library=library, device="cpu" if device == "meta" else device))

@@ -21,7 +21,7 @@ from cola.linalg.inverse.cg import CG
 from cola.linalg.inverse.gmres import GMRES
 from cola.ops import LinearOperator
 
-from structlin._arrays import Array, backend_of, on_cpu
+from structlin._arrays import Array, backend_of, on_cpu, over_same_axes
 from structlin._implicit import Solver, frozen, solution
 from structlin._iterations import Apply, conjugate_gradients, dots, iterate
 from structlin._lapack import eps, is_known, is_transformed, known, lapack, nan_unless, require_precision
@@ -94,6 +94,7 @@ def cg(
     array([1.  , 0.5 , 0.25])
     """
     _check_system(A, b, tolerance, max_iterations)
+    b, A, preconditioner = over_same_axes(b, A, preconditioner)
     run = partial(_conjugate_gradients, M=_product(preconditioner), tolerance=tolerance, limit=max_iterations)
     return _verified(A, b, run, run, tolerance, "conjugate gradients", full_output)
 
@@ -458,6 +459,7 @@ class VerifiedInverse(LinearOperator):
         return self._solve(self.A.T, X.T, None if self.alg.P is None else self.alg.P.T).T
 
     def _solve(self, A: LinearOperator, b: Array, P: LinearOperator | None) -> Array:
+        b, A, P = over_same_axes(b, A, P)
         method = _conjugate_gradients if isinstance(self.alg, CG) else _gmres
         run, back = (
             partial(method, M=_product(M), tolerance=self.alg.tol, limit=self.alg.max_iters)

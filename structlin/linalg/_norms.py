@@ -18,6 +18,7 @@ from structlin._arrays import Array, backend_of, in_library
 from structlin._implicit import frozen
 from structlin._iterations import iterate
 from structlin._lapack import eps, is_known, is_transformed, known, lapack, nan_unless
+from structlin._spectra import once_differentiable
 from structlin.algebra import contract as _contract
 from structlin.algebra.chains import largest
 from structlin.linalg._common import like, require_limits, require_operator
@@ -160,7 +161,7 @@ def spectral_norm(A: LinearOperator, *, tolerance: float = 1e-6, max_iterations:
     ``|A^H A v - s^2 v| <= tolerance s^2``, which is verified (100 roundoffs are allowed in any case). Then a singular
     value lies within a relative ``tolerance / 2`` of s. It is the largest one, unless the start is orthogonal to its
     vectors. Traced values are iterated by the power method instead. The derivative is that of ``u^H A v`` with constant
-    vectors.
+    vectors, so that second derivatives are refused (``docs/linalg.md``).
 
     Parameters
     ----------
@@ -250,14 +251,14 @@ def _iterated(A: LinearOperator, tolerance: float, limit: int, seed: int) -> Arr
         v = _lanczos(fixed, square, v, tolerance, limit)
         residual = step((v,))[1]
     else:
-        worst = xp.norm(v) * 0 + math.inf
+        worst = scale * 0 + math.inf
         v, residual, _ = iterate(
             step, lambda state: ~(state[1] <= tolerance), (v, worst), limit, backend_of(v) == "jax"
         )
     u = fixed @ v / scale
     size = xp.norm(u)
     u = u / xp.where(size == 0, size * 0 + 1, size)
-    value = xp.real((xp.conj(u) * (A @ v)).sum())
+    value = once_differentiable(xp.real((xp.conj(u) * (A @ v)).sum()))
     bound = max(tolerance, _ROUNDOFFS * eps(v.dtype))
     worst = known(residual)
     if worst is None:

@@ -13,7 +13,7 @@ from cola.linalg import slogdet as cola_slogdet
 from cola.linalg.algorithm_base import Algorithm, Auto
 from cola.ops import KronSum, LinearOperator, Sum
 
-from structlin._arrays import Array, backend_of
+from structlin._arrays import Array, backend_of, over_same_axes
 from structlin._cola_compat import is_array, library_of
 from structlin._implicit import Solver, adjoint, backward_error, frozen, is_at_roundoff, nan_where_bad, solution
 from structlin._lapack import as_tensors, eps, follows, is_half, is_known, is_transformed, known, lapack
@@ -93,7 +93,7 @@ def solve(A: LinearOperator, b: Array, alg: Algorithm = _AUTO, *, full_output: b
     if not is_array(b):
         raise TypeError(f"b must be an array of NumPy, torch or jax, got {type(b).__qualname__}")
     n = require_square(A, "solving", NO_INVERSE)
-    A, b = _in_one_dtype(A, b)
+    b, A = over_same_axes(*_in_one_dtype(A, b)[::-1])
     axis = 1 if b.ndim == 3 else 0
     if b.ndim not in (1, 2, 3) or b.shape[axis] != n:
         raise ValueError(

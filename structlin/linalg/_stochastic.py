@@ -17,6 +17,7 @@ from cola.ops import LinearOperator
 from structlin._arrays import Array
 from structlin._implicit import frozen, is_followed
 from structlin._lapack import eps, is_known, lapack, singular_to_roundoff
+from structlin._spectra import once_differentiable
 from structlin.linalg._common import like, require_square
 from structlin.linalg._iterative import cg
 from structlin.verdicts import Answer, Verdict
@@ -103,7 +104,7 @@ def _derivative(A: LinearOperator, fixed: LinearOperator, z: Array, positive: bo
     else:  # A^-H z = A (A^H A)^-1 z
         w = fixed @ cg(PSD(fixed.H @ fixed), z, tolerance=1e-6)
     product = (xp.conj(w) * (A @ z)).sum()
-    return xp.real(product - xp.stop_gradient(product))
+    return once_differentiable(xp.real(product - xp.stop_gradient(product)))
 
 
 def _numpy(x: Array) -> np.ndarray:

@@ -16,7 +16,7 @@ from cola.ops import Product, Sum
 from scipy.fft import next_fast_len
 
 from structlin import _spectra as spectra
-from structlin._arrays import Array, backend_of, common_backend, ops, to_backend
+from structlin._arrays import Array, backend_of, common_backend, ops, over_same_axes, to_backend
 from structlin._implicit import Solver, nan_where_bad, solution
 from structlin._iterations import bicgstab, conjugate_gradients, iterate
 from structlin._lapack import as_tensors, eps, follows, is_known, lapack, needs_grad, require_precision, seen
@@ -475,7 +475,7 @@ def _traced_recursion(kernel: Array) -> tuple[Array, Array, Array]:
         return first - below * forward, last - above * backward, pivot, jnp.minimum(least, jnp.abs(pivot))
 
     pivot = kernel[n - 1]
-    state = (zeros.at[0].set(1), zeros.at[-1].set(1), pivot, jnp.abs(pivot))
+    state = over_same_axes(zeros.at[0].set(1), zeros.at[-1].set(1), pivot, jnp.abs(pivot))
     first, last, pivot, least = lax.fori_loop(1, n, extend, state)
     return first / pivot, last / pivot, least > smallest
 

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.children import output
@@ -399,7 +400,25 @@ class TestExplain:
         layer = StructuredLinear(40, 48, structure="monarch", blocks=4, dtype=torch.float64)
         assert " float64 " in execution.explain(layer, 7)
 
-    @pytest.mark.parametrize(("what", "tokens"), [(3, 4), (STRUCTURE, 0)])
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_operators_say_the_problem_of_their_products(self, grad: bool) -> None:
+        factors = [torch.ones(f.shape, dtype=torch.float64, requires_grad=grad) for f in STRUCTURE.factors]
+        A = sl.StructuredOperator(STRUCTURE, factors)
+        with choice.recording() as met:
+            A @ torch.ones(STRUCTURE.d_in, 7, dtype=torch.float64)
+        (key,) = (problem.key for problem in met)
+        assert execution.explain(A, 7).splitlines()[0] == key
+
+    def test_numpy_has_no_choice(self) -> None:
+        A = sl.StructuredOperator(STRUCTURE, [np.ones(f.shape) for f in STRUCTURE.factors])
+        assert "NumPy: products run by single steps" in execution.explain(A, 7)
+        assert " columns torch cuda " in execution.explain(A, 7, on="h100")
+        with pytest.raises(ValueError, match="without a choice"):
+            execution.problem_of(STRUCTURE, 7, library="numpy")
+
+    @pytest.mark.parametrize(
+        ("what", "tokens"), [(3, 4), (STRUCTURE, 0), (STRUCTURE, 2.5), (sl.Toeplitz(np.ones(3)), 2)]
+    )
     def test_wrong_arguments(self, what: object, tokens: int) -> None:
-        with pytest.raises((TypeError, ValueError), match=r"structlin.Structure|at least 1"):
+        with pytest.raises((TypeError, ValueError), match=r"structlin.Structure|at least 1|must be an integer"):
             execution.explain(what, tokens)

@@ -130,6 +130,8 @@ def test_explain() -> None:
     assert text.splitlines()[0] == problem().key
     (taken,) = [line for line in text.splitlines() if "<-" in line]
     assert taken.split()[0] == "dense"
+    A = sl.StructuredOperator(STRUCTURE, [jnp.ones(f.shape, "float32") for f in STRUCTURE.factors])
+    assert execution.explain(A, 50).splitlines()[0] == replace(problem(), rows=False).key
 
 
 def test_policies(monkeypatch) -> None:

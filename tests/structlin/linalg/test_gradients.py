@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 import structlin
@@ -292,3 +293,208 @@ def test_jax_gradients_of_a_likelihood_with_members_without_annotation():
     dense = terms(lambda a, b: structlin.Dense(jnp.kron(a, b) + 0.7 * jnp.eye(6)))
     for found, want in zip(terms(shifted), dense, strict=True):
         np.testing.assert_allclose(found, want, rtol=1e-10)
+
+
+def symmetric(n, seed, complex_=False):
+    X = np.random.default_rng([seed, n]).standard_normal((2, n, n))
+    X = X[0] + 1j * X[1] if complex_ else X[0]
+    return (X + X.conj().T) / 2
+
+
+def of_eigenvalues(f, A):
+    values, vectors = np.linalg.eigh(A)
+    return (vectors * f(values)) @ vectors.conj().T
+
+
+SLOPE = 1e-5  # step of finite differences
+
+
+@pytest.mark.parametrize("kind", ["Monarch", "Toeplitz", "sum"])
+def test_second_derivatives_of_iterated_norms_are_refused(kind):
+    def norm(x):
+        made = {
+            "Monarch": lambda: structlin.Monarch._build(
+                structlin.design("monarch", (6, 6), blocks=2), (x.reshape((2, 3, 3)), x.reshape((2, 3, 3)) + 1)
+            ),
+            "Toeplitz": lambda: structlin.Toeplitz(x[:9], x[9:]),
+            "sum": lambda: (
+                structlin.Kronecker(x[:9].reshape((3, 3)), x[9:13].reshape((2, 2)))
+                + structlin.LowRank(x[None, :6], x[6:12, None])
+            ),
+        }[kind]()
+        return structlin.spectral_norm(made, tolerance=1e-12)
+
+    x = np.random.default_rng(0).standard_normal(18)
+    v = np.random.default_rng(1).standard_normal(18)
+    t = torch.tensor(x, requires_grad=True)
+    (first,) = torch.autograd.grad(norm(t) + (t**2).sum(), t)
+    slope = (norm(x + SLOPE * v) - norm(x - SLOPE * v)) / (2 * SLOPE)
+    np.testing.assert_allclose(v @ first.numpy(), slope + 2 * v @ x, rtol=1e-6)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(norm(t) + (t**2).sum(), t, create_graph=True)
+    for of, grad, jvp in ((torch.tensor, torch.func.grad, torch.func.jvp), (jnp.asarray, jax.grad, jax.jvp)):
+        np.testing.assert_allclose(grad(norm)(of(x)), first.numpy() - 2 * x, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(jvp(norm, (of(x),), (of(v),))[1], slope, rtol=1e-6)
+        assert np.isnan(jvp(grad(norm), (of(x),), (of(v),))[1]).any()
+        assert np.isnan(grad(lambda x: (grad(norm)(x) * of(v)).sum())(of(x))).any()  # noqa: B023
+
+
+def test_second_derivatives_of_estimated_determinants_are_refused():
+    a = torch.linspace(1, 2, 12, dtype=torch.float64, requires_grad=True)
+    value = linalg.logdet(cola.PSD(structlin.Diagonal(a)), estimate=True)
+    torch.testing.assert_close(torch.autograd.grad(value, a, retain_graph=True)[0], 1 / a.detach(), rtol=1e-5, atol=0)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(value + (a**2).sum(), a, create_graph=True)
+
+
+NUMBERS = {"inverse": lambda x: 1 / x, "exponential": np.exp, "root": np.sqrt}
+OPERATIONS = {"inverse": linalg.inverse, "exponential": linalg.expm, "root": linalg.sqrtm}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("add", [False, True])
+def test_the_gradient_with_respect_to_a_shift_has_a_derivative(name, add):
+    """Forward over reverse, the row of c is right; that of the members is NaN."""
+    A, B, b = np.eye(3) + symmetric(3, 0) / 9, np.eye(2) + symmetric(2, 1) / 9, np.arange(1.0, 7)
+
+    def value(t):
+        like = torch.asarray if isinstance(t, torch.Tensor) else jnp.asarray
+        first, second = like(A) * t[0], like(B)
+        K = cola.kronsum(*map(structlin.Dense, (first, second))) if add else structlin.Kronecker(first, second)
+        made = OPERATIONS[name](cola.PSD(K + t[1] * cola.ops.I_like(K)))
+        return like(b) @ (made @ like(b))
+
+    def wanted(t):
+        K = np.kron(t[0] * A, np.eye(2)) + np.kron(np.eye(3), B) if add else np.kron(t[0] * A, B)
+        return b @ of_eigenvalues(NUMBERS[name], K + t[1] * np.eye(6)) @ b
+
+    t, h = np.array([1.3, 0.7]), 1e-4
+    e, c = np.array([h, 0]), np.array([0, h])
+    mixed = (wanted(t + e + c) - wanted(t + e - c) - wanted(t - e + c) + wanted(t - e - c)) / (4 * h * h)
+    twice = (wanted(t + c) - 2 * wanted(t) + wanted(t - c)) / (h * h)
+    for of, hessian in ((torch.tensor, torch.func.hessian), (jnp.asarray, jax.hessian)):
+        found = np.asarray(hessian(value)(of(t)))
+        assert np.isnan(found[0]).all()
+        np.testing.assert_allclose(found[1], [mixed, twice], rtol=1e-5)
+        np.testing.assert_allclose(jax.jit(jax.hessian(value))(t)[1], [mixed, twice], rtol=1e-5)
+    s = torch.tensor(t, requires_grad=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(value(s), s, create_graph=True)
+
+
+def test_the_gradient_with_respect_to_a_shift_is_finite_between_opposite_eigenvalues():
+    """The derivative of 1 / x is not finite at the mean of -1 and 1, which no eigenvalue is close to."""
+    K, b = np.kron([[0.0, 1], [1, 0]], np.diag([1.0, 2, 3])), np.arange(1.0, 7)
+
+    def value(c):
+        like = torch.asarray if isinstance(c, torch.Tensor) else jnp.asarray
+        A = structlin.Kronecker(like(np.array([[0.0, 1], [1, 0]])), like(np.diag([1.0, 2, 3])))
+        made = cola.linalg.apply_unary(lambda x: 1 / x, cola.SelfAdjoint(A + c * cola.ops.I_like(A)))
+        return like(b) @ (made @ like(b)).real
+
+    wanted = -b @ np.linalg.matrix_power(np.linalg.inv(K), 2) @ b
+    np.testing.assert_allclose(jax.grad(value)(jnp.zeros(())), wanted)
+    np.testing.assert_allclose(torch.func.grad(value)(torch.zeros((), dtype=torch.float64)), wanted)
+
+
+@pytest.mark.parametrize("kind", ["dense", "Kronecker", "block diagonal"])
+def test_functions_of_complex_hermitian_matrices_have_derivatives(kind):
+    A, E, B = np.eye(3) + symmetric(3, 0, True) / 9, symmetric(3, 1, True), np.eye(2) + symmetric(2, 2, True) / 9
+    n = 6 if kind == "Kronecker" else 3
+    b = np.random.default_rng(3).standard_normal((n, 2)) @ [1, 1j]
+
+    def operator(matrix, like):
+        made = {
+            "dense": lambda: structlin.Dense(matrix),
+            "Kronecker": lambda: structlin.Kronecker(matrix, like(B)),
+            "block diagonal": lambda: structlin.BlockDiagonal(matrix[None]),
+        }[kind]()
+        return cola.PSD(made)
+
+    def value(t):
+        like = torch.asarray if isinstance(t, torch.Tensor) else jnp.asarray
+        y = linalg.sqrtm(operator(like(A) + t * like(E), like)) @ like(b)
+        return abs(y[0]) ** 2 + y[1].imag
+
+    def wanted(t):
+        y = of_eigenvalues(np.sqrt, np.kron(A + t * E, B) if kind == "Kronecker" else A + t * E) @ b
+        return abs(y[0]) ** 2 + y[1].imag
+
+    slope = (wanted(SLOPE) - wanted(-SLOPE)) / (2 * SLOPE)
+    t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    one = torch.ones((), dtype=torch.float64)
+    found = [
+        torch.autograd.grad(value(t), t)[0],
+        torch.func.jvp(value, (t.detach(),), (one,))[1],
+        jax.jit(jax.grad(value))(0.0),
+        jax.jvp(value, (0.0,), (1.0,))[1],
+    ]
+    np.testing.assert_allclose([float(x) for x in found], slope, rtol=1e-7)
+
+
+def test_values_beside_derivatives_have_derivatives():
+    """The value that ``jax.value_and_grad`` returns can be differentiated."""
+    b = np.arange(1.0, 4)
+
+    def root(x):
+        like = torch.asarray if isinstance(x, torch.Tensor) else jnp.asarray
+        return (linalg.sqrtm(cola.PSD(structlin.Dense((x + x.T) / 2))) @ like(b))[0]
+
+    def norm(x):
+        return structlin.spectral_norm(structlin.Toeplitz(x[0], x[:, 0]), tolerance=1e-12)
+
+    x = np.eye(3) + symmetric(3, 0) / 9
+    for f in (root, norm):
+        wanted = jax.grad(f)(jnp.asarray(x))
+        assert np.abs(wanted).max() > 0.1
+        for value in (lambda x: jax.value_and_grad(f)(x)[0], lambda x: jax.jvp(f, (x,), (x,))[0]):  # noqa: B023
+            np.testing.assert_allclose(jax.grad(value)(jnp.asarray(x)), wanted, rtol=1e-9, atol=1e-12)
+        for value in (lambda x: torch.func.grad_and_value(f)(x)[1], lambda x: torch.func.jvp(f, (x,), (x,))[0]):  # noqa: B023
+            np.testing.assert_allclose(torch.func.grad(value)(torch.tensor(x)), wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["A replicated", "A sharded"])
+@pytest.mark.parametrize("name", ["K + cI", "low rank + diagonal", "Toeplitz", "cg", "GMRES", "inverse", "norm"])
+def test_solutions_and_gradients_inside_shard_map(name, shared):
+    """There jax distinguishes replicated and sharded values, also on one device."""
+    n = 300 if name == "Toeplitz" else 6
+    a, X = 1 + np.random.default_rng(0).random((1, n)), np.random.default_rng(1).standard_normal((n, 4))
+    B = np.eye(2) + symmetric(2, 1) / 9
+
+    def make(a):
+        K = structlin.Kronecker(jnp.diag(a[:3]), jnp.asarray(B))
+        if name == "low rank + diagonal":
+            return structlin.LowRank(a[None], a[:, None] / 9) + structlin.Diagonal(a)
+        if name == "Toeplitz":
+            return structlin.Toeplitz(a.at[0].add(n))
+        if name == "GMRES":
+            return structlin.Diagonal(a) @ K + K
+        return cola.PSD(K + a[-1] * cola.ops.I_like(K))
+
+    def solved(a, X):
+        A = make(a[0])
+        if name == "cg":
+            return linalg.cg(A, X, preconditioner=structlin.Diagonal(1 / jnp.arange(1.0, 7)), tolerance=1e-12)
+        if name == "GMRES":
+            with linalg.dense_limit(2):
+                return cola.inv(A, cola.linalg.Auto(tol=1e-12)) @ X
+        if name == "inverse":
+            return cola.inv(A) @ X
+        if name == "norm":
+            return structlin.spectral_norm(A, tolerance=1e-12) * X
+        return linalg.solve(A, X)
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:1]), ("d",))
+    first, second = (P(), P(None, "d")) if shared else (P("d"), P())
+    mapped = jax.jit(jax.shard_map(solved, mesh=mesh, in_specs=(first, second), out_specs=P(None, "d")))
+
+    def wanted(a):
+        dense = np.asarray(make(jnp.asarray(a[0])).to_dense())
+        return np.linalg.norm(dense, 2) * X if name == "norm" else np.linalg.solve(dense, X)
+
+    V = np.random.default_rng(2).standard_normal((n, 4))
+    step = SLOPE * np.random.default_rng(3).standard_normal((1, n))
+    np.testing.assert_allclose(mapped(a, X), wanted(a), rtol=1e-9, atol=1e-9)
+    gradient = jax.grad(lambda a: (mapped(a, X) * V).sum())(a)
+    slope = ((wanted(a + step) - wanted(a - step)) * V).sum() / 2
+    np.testing.assert_allclose((gradient * step).sum(), slope, rtol=1e-5)
