@@ -60,7 +60,7 @@ def test_hugging_face_gpt2(gpt2):
     out.square().mean().backward()
     assert all(f.grad is not None for f in gpt2.transformer.h[0].mlp.c_fc.factors)
     to_dense_linear(gpt2)
-    assert type(gpt2.transformer.h[0].attn.c_attn) is nn.Linear
+    assert type(gpt2.transformer.h[0].attn.c_attn).__name__ == "Conv1D"  # as before
     torch.testing.assert_close(gpt2(**ids[0]).logits, out, rtol=1e-4, atol=1e-5)
     gpt2.generate(torch.tensor([[1, 2]]), max_new_tokens=2, do_sample=False, pad_token_id=0)
 
