@@ -66,26 +66,35 @@ def open_named(text: str, *, device: str | None = "meta", **options: Any) -> nn.
     return model
 
 
-def _transformers(name: str, options: dict[str, Any]) -> Any:
+def _configuration(name: str, **options: Any) -> Any:
+    """Return the configuration of a model type of transformers, or of a folder with a ``config.json``."""
     import transformers
     from transformers.models.auto import configuration_auto
 
     known = configuration_auto.CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
     folder = Path(name)
-    make: Callable[..., Any] = transformers.AutoConfig.for_model
     if (folder / "config.json").is_file() or folder.name == "config.json":
-        make = transformers.AutoConfig.from_pretrained
-    elif name not in known:
-        raise ValueError(
-            f"transformers has no model type {name!r}{suggestion(name, known)}, and there is no "
-            f"{folder / 'config.json'}"
-        )
-    usual = make(name)
+        return transformers.AutoConfig.from_pretrained(name, **options)
+    if name in known:
+        return transformers.AutoConfig.for_model(name, **options)
+    raise ValueError(
+        f"transformers has no model type {name!r}{suggestion(name, known)}, and there is no {folder / 'config.json'}"
+    )
+
+
+def _has(config: Any, option: str) -> bool:
+    return hasattr(config, option) or hasattr(config, f"_{option}")
+
+
+def _transformers(name: str, options: dict[str, Any]) -> Any:
+    import transformers
+
+    usual = _configuration(name)
     for option in options:  # a configuration stores unknown names too
-        if not hasattr(usual, option) and not hasattr(usual, f"_{option}"):
+        if not _has(usual, option):
             settings = [*vars(usual), *usual.attribute_map]
             raise ValueError(f"the configuration of hf:{name} has no {option!r}{suggestion(option, settings)}")
-    config = make(name, **options)
+    config = _configuration(name, **options)
     for architecture in getattr(config, "architectures", None) or ():
         if hasattr(transformers, architecture):
             return getattr(transformers, architecture)(config)
@@ -147,7 +156,9 @@ def build_named(
             raise ValueError(f"{text} takes no further options, got {', '.join(options)}")
         made = make_timm(name, num_classes=outputs, img_size=image_size)
     elif kind == "hf":
-        size = {} if image_size is None else {"image_size": image_size}
+        # Convolutions, as in ResNet, take images of any size, and have no such setting.
+        sized = image_size is not None and _has(_configuration(name), "image_size")
+        size = {"image_size": image_size} if sized else {}
         made = _Logits(open_named(text, device=None, **{size_of_outputs: outputs, **size, **options}))
     else:
         function = own_function(text)

@@ -10,7 +10,8 @@ import torch
 import structlin
 from structlin import registry
 from structlin_nn.cli import main
-from structlin_nn.models.named import open_named
+from structlin_nn.models import StructureConfig
+from structlin_nn.models.named import build_named, open_named
 
 LLAMA = [
     f"--model-option={name}={value}" for name, value in {
@@ -46,6 +47,18 @@ def test_unknown_options_of_a_configuration(form, tmp_path, misuse):
         assert len(model.transformer.h) == 1
     wrong = "check-scale hf:gpt2 --width-option n_embed --base-width 64 --widths 64,128"
     assert "has no 'n_embed' (did you mean n_embd?)" in misuse(wrong)
+
+
+def test_a_model_for_images_without_a_size_of_images():
+    """The recipes state the size of their images, which convolutions do not need."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    model = build_named("hf:resnet", 5, StructureConfig(), image_size=32, **sizes)
+    assert isinstance(model.model, transformers.ResNetForImageClassification)
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model = build_named("hf:vit", 5, StructureConfig(), image_size=32, patch_size=8, **small)
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
 
 
 def test_a_model_of_timm(cli):
