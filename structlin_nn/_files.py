@@ -13,6 +13,13 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
     The content is on the disk before the file is renamed, so a power failure leaves the old file or the new one. An
     error in the block keeps the old file. A killed process may leave ``.NAME.partial``, which the next write replaces.
+
+    Examples
+    --------
+    >>> with atomic_write(Path("numbers.txt")) as file:
+    ...     _ = file.write(b"1 2 3")
+    >>> Path("numbers.txt").read_text()
+    '1 2 3'
     """
     partial = path.with_name(f".{path.name}.partial")
     try:

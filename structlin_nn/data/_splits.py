@@ -20,11 +20,19 @@ def load_hub(
     source: str | os.PathLike[str], *, split: str | None = None, workers: int | None = None,
     shards: Mapping[str, Sequence[str]] | None = None,
 ) -> Any:  # fmt: skip
-    """Return a data set of Hugging Face `datasets`, its splits by name, or one `split` of it.
+    """Return a data set, or one split of it; ImportError where `datasets` is not installed.
 
-    `source` is a name on the hub, a folder of parquet, JSON, text or image files, or one that ``save_to_disk`` wrote;
-    `shards` are WebDataset files of each split, to be read in its place. `workers` processes download and convert.
-    FileNotFoundError: nothing there, or no network to look. ValueError: damaged shards, or no such split.
+    Parameters
+    ----------
+    source
+        A name on the hub, a folder of parquet, JSON, text or image files, or a folder that ``save_to_disk`` wrote.
+        FileNotFoundError: nothing there, or no network to look.
+    split
+        Name of the split; None: all of them, by name. ValueError: a saved data set without it.
+    workers
+        Processes that download and convert.
+    shards
+        WebDataset files of each split, to be read in place of `source`; ValueError for damaged ones.
     """
     datasets = needed("datasets", f"{source} needs Hugging Face datasets", "text")
     folder = Path(source).expanduser()

@@ -27,6 +27,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Te
 
     The result is that of torch's ``scaled_dot_product_attention``. On a CPU, short sequences of bfloat16 and
     float16 run by :func:`attend_by_products`, which is faster there.
+
+    Examples
+    --------
+    >>> q, k, v = torch.randn(3, 2, 4, 5, 8)
+    >>> attend(q, k, v, causal=True, scale=0.5).shape
+    torch.Size([2, 4, 5, 8])
     """
     half = q.dtype in (torch.bfloat16, torch.float16)
     train = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -76,6 +82,12 @@ class Blocks(nn.ModuleList):
 
     With ``recompute``, the backward pass has only the input of each, and computes the rest again (activation
     checkpointing: Chen et al., *Training Deep Nets with Sublinear Memory Cost*, 2016).
+
+    Examples
+    --------
+    >>> blocks = Blocks([nn.Linear(3, 3), nn.Tanh()])
+    >>> blocks(torch.zeros(2, 3)).shape
+    torch.Size([2, 3])
     """
 
     recompute = False

@@ -27,7 +27,13 @@ _EXCLUSIVE = {"rank": "rank_fraction", "rank_fraction": "rank"}  # two ways to s
 
 
 def assigned(words: Sequence[str]) -> dict[str, Any]:
-    """Return the values of words NAME=VALUE, with VALUE in JSON or else a string."""
+    """Return the values of words NAME=VALUE, with VALUE in JSON or else a string.
+
+    Examples
+    --------
+    >>> assigned(["rank=2", "factorization=greedy"])
+    {'rank': 2, 'factorization': 'greedy'}
+    """
     found: dict[str, Any] = {}
     for word in words:
         name, equals, text = word.partition("=")
@@ -65,8 +71,12 @@ class RunConfig:
 
     The fields in `execution` change how a run is computed and not its result: a resumed run may change them.
 
-    TypeError: a value of another type than the field's (an int is accepted as a float, a list as a tuple). ValueError:
-    a value outside of its range, an unknown name, or an option that the structure does not have.
+    Raises
+    ------
+    TypeError
+        A value of another type than the field's (an int is accepted as a float, a list as a tuple).
+    ValueError
+        A value outside of its range, an unknown name, or an option that the structure does not have.
     """
 
     task: ClassVar[str]
@@ -228,7 +238,14 @@ class RunConfig:
 
 
 def overrides(kind: type[RunConfig], assignments: Sequence[str]) -> dict[str, Any]:
-    """Return changes of a configuration from words NAME=VALUE; ``options.NAME=VALUE`` is an option of the structure."""
+    """Return changes of a configuration from words NAME=VALUE; ``options.NAME=VALUE`` is an option of the structure.
+
+    Examples
+    --------
+    >>> from structlin_nn.recipes.cifar import Config
+    >>> overrides(Config, ["lr=1e-3", "structure=monarch", "options.blocks=4"])
+    {'lr': 0.001, 'structure': 'monarch', 'options': {'blocks': 4}}
+    """
     known, found = _hints(kind), dict[str, Any]()
     for key, value in assigned(assignments).items():
         name, dot, part = key.partition(".")

@@ -110,11 +110,22 @@ class Run:
 
     `group` are the processes that train together. `watch(run, loss)` is called after every step; the loss is None if it
     was not fetched. If `watch` returns True, the run writes a checkpoint and ends, as after SIGINT or SIGTERM.
-    `step` of `steps` are done, `last` is the last line of the record, and `state` is that of the checkpoint that the
-    run resumes from, or None.
 
-    FileExistsError: the folder holds a run, and `options.resume` is False. BlockingIOError: another process trains.
-    ValueError: a damaged checkpoint, or one of another configuration (the message names the differing keys).
+    Attributes
+    ----------
+    step, steps
+        Steps done, and those of the whole run.
+    last
+        The last line of the record.
+    state
+        State of the checkpoint that the run resumes from; None for a new run.
+
+    Raises
+    ------
+    FileExistsError, BlockingIOError
+        The folder holds a run, and `options.resume` is False; another process trains.
+    ValueError
+        A damaged checkpoint, or one of another configuration (the message names the differing keys).
     """
 
     versions: Sequence[str] = ("torch",)
