@@ -13,6 +13,7 @@ from textwrap import wrap
 from typing import Any
 
 from _measure import describe
+from matplotlib.ticker import LogLocator
 
 from structlin_nn.figures.style import finish, new_figure, save
 
@@ -52,6 +53,9 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         axes.set_title(TITLES[operation], fontsize=9)
         axes.tick_params(axis="x", labelsize=7)
         axes.minorticks_off()
+        low, high = axes.get_xlim()
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 50 * low else (1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter("{x:g}")
     labels = [f"{s.replace('_plus_', ' + ').replace('_', ' ')}, n = {n}, {c} columns" for n, c, s in keys]
     labels = [label.replace(" 1 columns", " 1 column") for label in labels]
     panels[0].set_yticks(range(len(keys)), labels, fontsize=7)
