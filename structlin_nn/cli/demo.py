@@ -14,7 +14,7 @@ EXAMPLES = """\
 examples:
   structlin demo                     a few minutes on two cores; table, records and a figure in runs/demo
   structlin demo --out DIR --seed 1  another folder and other random numbers
-  structlin demo --quick             tiny networks, in seconds: a check of the installation
+  structlin demo --quick             tiny networks, in seconds, in runs/demo-quick: a check of the installation
 
 The images are a subset of Fashion-MNIST that is part of the package. The same command resumes an interrupted
 demonstration, and prints the results of a finished one.
@@ -30,7 +30,7 @@ FORM = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add(parser, "--out DIR", "folder to write", "runs/demo")
+    add(parser, "--out DIR", "folder to write (runs/demo, with --quick runs/demo-quick)")
     add(parser, "--seed N", "seed of all runs", 0)
     add(parser, "--quick", "train tiny networks for one epoch, as a test")
     add(parser, "--workers N", "number of parallel runs (one for each core)", kind=positive)
@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from structlin_nn.demo import TOLERANCE, compute_difference, configurations, demo
 
-    folder, start = Path(arguments.out), time.monotonic()
+    folder = Path(arguments.out or ("runs/demo-quick" if arguments.quick else "runs/demo"))
+    start = time.monotonic()
     names = list(configurations(arguments.seed, arguments.quick))
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"--out must be a folder, and {folder} is a file")

@@ -189,3 +189,17 @@ def test_figure_shows_every_row(tmp_path: Path) -> None:
     assert heights == sorted(round(100 * row["train_error"], 9) for row in rows if row["structure"] != "dense")
     save(figure, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_a_quick_demonstration_has_a_folder_of_its_own(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The full one would find runs of another configuration there."""
+    folders = []
+
+    def refuse(folder: Path, **options: object) -> None:
+        folders.append(folder)
+        raise RuntimeError("not run")
+
+    monkeypatch.setattr("structlin_nn.demo.demo", refuse)
+    for words in ([], ["--quick"], ["--quick", "--out", "mine"]):
+        cli("demo", "--quiet", *words, code=1)
+    assert folders == [Path("runs/demo"), Path("runs/demo-quick"), Path("mine")]
